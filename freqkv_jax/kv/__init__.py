@@ -1,0 +1,25 @@
+"""Cache policies. Adding one: its file, and its import here."""
+
+from freqkv_jax.kv.freqkv import FreqKVConfig
+from freqkv_jax.kv.full import FullConfig
+from freqkv_jax.kv.policy import (
+    POLICIES,
+    KVPolicy,
+    policy_from_args,
+    policy_from_dict,
+    policy_to_dict,
+)
+from freqkv_jax.kv.sink_window import SinkWindowConfig
+from freqkv_jax.kv.state import KVState
+
+__all__ = [
+    "POLICIES",
+    "FreqKVConfig",
+    "FullConfig",
+    "KVPolicy",
+    "KVState",
+    "SinkWindowConfig",
+    "policy_from_args",
+    "policy_from_dict",
+    "policy_to_dict",
+]

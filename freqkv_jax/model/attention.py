@@ -1,0 +1,213 @@
+"""Causal attention behind one function: naive reference, blocked XLA, cuDNN, and splash on TPU.
+
+Queries are aligned to the bottom right: with T queries and S keys, query j sees keys 0 .. S-T+j.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from freqkv_jax.sharding import BATCH_AXES
+
+BACKENDS = ("auto", "naive", "blocked", "cudnn", "splash")
+QUERY_BLOCK = 128  # queries whose scores are held at once by the blocked form
+SPLASH_ALIGN = 128  # splash wants lengths that its blocks divide
+
+
+def check_backend(backend: str) -> None:
+    """ValueError unless `backend` is one of BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention {backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
+
+
+def attend(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    backend: str = "auto",
+) -> Float[Array, "B T H D"]:
+    """Causal attention of the last T of S tokens, scale 1/sqrt(D), float32 softmax.
+
+    Args:
+      q, k, v: T <= S; heads h of q share kv head h // (H/K).
+      backend: one of BACKENDS. "auto" is resolved when the program is lowered, from the platform
+        that it is compiled for: cuDNN on NVIDIA in bfloat16 or float16, splash on TPU, the
+        blocked form elsewhere and in float32.
+
+    Raises:
+      ValueError: an unknown backend, or cuDNN for a dtype that it has not.
+    """
+    check_backend(backend)
+    if backend != "auto":
+        return _FORMS[backend](q, k, v)
+    special: dict[str, Callable[..., Array]] = {"tpu": splash}
+    if _cudnn_takes(q) and _has_nvidia():
+        special["cuda"] = cudnn
+    return jax.lax.platform_dependent(q, k, v, default=blocked, **special)
+
+
+def naive(q: Array, k: Array, v: Array) -> Array:
+    """The obvious form: all scores at once, in float32."""
+    return attend_cache(q, _heads_major(k), _heads_major(v), k.shape[1] - q.shape[1], block=None)
+
+
+def blocked(q: Array, k: Array, v: Array) -> Array:
+    """Blocks of queries, scores recomputed in the backward pass; any dtype and platform."""
+    first, length = k.shape[1] - q.shape[1], q.shape[1]
+    k, v = _heads_major(k), _heads_major(v)
+    # A few pieces with their own static number of keys: what the causal mask hides beyond a
+    # piece is never computed (1/2 of the square is wasted by one piece, 1/8 by four).
+    size = -(-length // (4 * QUERY_BLOCK)) * QUERY_BLOCK
+    pieces = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        seen = first + stop
+        pieces.append(attend_cache(q[:, start:stop], k[:, :, :seen], v[:, :, :seen], first + start))
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+
+
+def attend_cache(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B K N D"],
+    v: Float[Array, "B K N D"],
+    first: int | Array,
+    block: int | None = QUERY_BLOCK,
+) -> Float[Array, "B T H D"]:
+    """Attention on a cache: query j sits at slot first + j and sees the slots up to it.
+
+    Args:
+      k, v: heads before slots, as a state holds them.
+      first: an int, a scalar, or one slot a row [B].
+      block: queries at a time; None for all at once.
+    """
+    batch, length, heads, dim = q.shape
+    groups = heads // k.shape[1]
+    q = jnp.transpose(q.reshape(batch, length, k.shape[1], groups, dim), (0, 2, 3, 1, 4))
+    q = q * jnp.asarray(1 / math.sqrt(dim), q.dtype) if q.dtype == jnp.float32 else q
+    first = jnp.asarray(first, jnp.int32)
+
+    def some_queries(q: Array, offset: Array) -> Array:
+        return _softmax_average(q, k, v, first + offset)
+
+    if block is None or length <= block:
+        out = some_queries(q, jnp.int32(0))
+    else:
+        blocks = -(-length // block)
+        q = jnp.pad(q, ((0, 0),) * 3 + ((0, blocks * block - length), (0, 0)))
+        q = jnp.moveaxis(q.reshape(*q.shape[:3], blocks, block, dim), 3, 0)
+        offsets = jnp.arange(blocks, dtype=jnp.int32) * block
+        # Without the checkpoint the backward pass would keep every block's probabilities.
+        out = jax.lax.map(lambda xs: jax.checkpoint(some_queries)(*xs), (q, offsets))
+        out = jnp.moveaxis(out, 0, 3).reshape(*out.shape[1:4], blocks * block, dim)
+        out = out[:, :, :, :length]
+    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(batch, length, heads, dim)
+
+
+def _softmax_average(q: Array, k: Array, v: Array, first: Array) -> Array:
+    """q [B, K, G, t, D] at slots first, first + 1, ...; float32 q comes scaled already."""
+    exact = q.dtype == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if exact else None
+    scores = jnp.einsum(
+        "bkgtd,bknd->bkgtn", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    if not exact:
+        scores = scores * jnp.float32(1 / math.sqrt(q.shape[-1]))
+    slot = jnp.arange(k.shape[2], dtype=jnp.int32)
+    at = first.reshape(-1, 1) + jnp.arange(q.shape[3], dtype=jnp.int32)[None]
+    seen = slot[None, None, :] <= at[:, :, None]
+    scores = jnp.where(seen[:, None, None], scores, jnp.float32(-1e30))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum(
+        "bkgtn,bknd->bkgtd", weights, v, precision=precision, preferred_element_type=jnp.float32
+    ).astype(q.dtype)
+
+
+def cudnn(q: Array, k: Array, v: Array) -> Array:
+    """cuDNN's flash attention (NVIDIA, bfloat16 or float16).
+
+    Its causal mask is aligned to the top left, so shorter queries are padded on the left until
+    both alignments are the same; exact forward and backward, at up to 4/3 of the scores.
+    """
+    if not _cudnn_takes(q):
+        raise ValueError(
+            f"cuDNN attention takes bfloat16 or float16 with head_dim a multiple of 8 up to 256,"
+            f" got {q.dtype} and head_dim {q.shape[-1]}; use attention='auto' or 'blocked'"
+        )
+    pad = k.shape[1] - q.shape[1]
+    q = jnp.pad(q, ((0, 0), (pad, 0), (0, 0), (0, 0)))
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return out[:, pad:]
+
+
+def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
+    """Splash attention (TPU). Under a mesh each device runs it on its own rows and heads."""
+
+    def local(q: Array, k: Array, v: Array) -> Array:
+        kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[1], interpret)
+        q_pad = -q.shape[1] % SPLASH_ALIGN
+        k_pad = -k.shape[1] % SPLASH_ALIGN
+        # Queries are padded on the left (the offset moves with them), keys on the right, where
+        # the mask hides them. The kernel does not scale.
+        q_in = jnp.pad(q, ((0, 0), (q_pad, 0), (0, 0), (0, 0)))
+        q_in = q_in * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
+        k_in, v_in = (jnp.pad(x, ((0, 0), (0, k_pad), (0, 0), (0, 0))) for x in (k, v))
+        out = jax.vmap(kernel)(*(_heads_major(x) for x in (q_in, k_in, v_in)))
+        return _heads_major(out)[:, q_pad:].astype(q.dtype)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        return local(q, k, v)
+    axes = [axis for axis in BATCH_AXES if axis in mesh.axis_names]
+    spec = P(tuple(axes) or None, None, "tensor" if "tensor" in mesh.axis_names else None)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
+    )(q, k, v)
+
+
+@functools.lru_cache(maxsize=32)
+def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool) -> Callable[..., Any]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as sm
+
+    q_len, k_len = (-(-n // SPLASH_ALIGN) * SPLASH_ALIGN for n in (queries, keys))
+    mask = sm.CausalMask((q_len, k_len), offset=keys - q_len)
+    q_block, k_block = (max(b for b in (128, 256, 512) if n % b == 0) for n in (q_len, k_len))
+    sizes = sk.BlockSizes(
+        block_q=q_block, block_kv=k_block, block_kv_compute=k_block,
+        block_q_dkv=q_block, block_kv_dkv=k_block, block_kv_dkv_compute=k_block,
+        block_q_dq=q_block, block_kv_dq=k_block,
+    )  # fmt: skip
+    with jax.ensure_compile_time_eval():
+        return sk.make_splash_mha(
+            sm.MultiHeadMask([mask] * heads),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+
+
+def _heads_major(x: Array) -> Array:
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _cudnn_takes(q: Array) -> bool:
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+@functools.cache
+def _has_nvidia() -> bool:
+    """Whether cuDNN can be traced in this process (the platform is chosen later, at lowering)."""
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+_FORMS = {"naive": naive, "blocked": blocked, "cudnn": cudnn, "splash": splash}

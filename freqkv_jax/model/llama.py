@@ -1,0 +1,383 @@
+"""The Llama decoder in Linen: parameters live here, the cache is an argument and a result."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from freqkv_jax.config import LlamaConfig
+from freqkv_jax.kv import KVPolicy, KVState
+from freqkv_jax.kv.policy import Maps, Memory
+from freqkv_jax.kv.state import empty_state
+from freqkv_jax.model.attention import attend, attend_cache, check_backend
+from freqkv_jax.rope import Rope
+from freqkv_jax.sharding import BATCH_AXES, P, constrain
+
+DTYPES = ("float32", "bfloat16", "float16")
+HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)  # [B, T, heads, D]
+
+
+class Linear(nn.Module):
+    """x @ kernel in the compute dtype, float32 kept exact on every platform."""
+
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Array, out_dtype: Any = None) -> Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.dtype(self.dtype))
+        return matmul(x, kernel.astype(x.dtype), out_dtype)
+
+
+def matmul(x: Array, kernel: Array, out_dtype: Any = None) -> Array:
+    """x [..., in] @ kernel [in, out], accumulated in float32; in x's dtype or `out_dtype`."""
+    # On GPU and TPU the default for float32 is tf32 or bfloat16, which is not float32.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        kernel,
+        (((x.ndim - 1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=out_dtype or x.dtype,
+    )
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, float32 inside."""
+
+    eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.dtype))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        # Hugging Face rounds to the compute dtype before it scales.
+        scale = scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return wide.astype(x.dtype) * scale
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    config: LlamaConfig
+    dtype: str
+
+    def setup(self) -> None:
+        self.gate = Linear(self.config.intermediate_size, self.dtype)
+        self.up = Linear(self.config.intermediate_size, self.dtype)
+        self.down = Linear(self.config.hidden_size, self.dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(nn.silu(self.gate(x)) * self.up(x))
+
+
+class Attention(nn.Module):
+    """Self-attention through a cache policy, in its three calls."""
+
+    config: LlamaConfig
+    kv: KVPolicy
+    dtype: str
+    backend: str
+
+    def setup(self) -> None:
+        c = self.config
+        self.q = Linear(c.num_heads * c.head_dim, self.dtype)
+        self.k = Linear(c.num_kv_heads * c.head_dim, self.dtype)
+        self.v = Linear(c.num_kv_heads * c.head_dim, self.dtype)
+        self.o = Linear(c.hidden_size, self.dtype)
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        def split(y: Array) -> Array:
+            heads = y.reshape(*y.shape[:-1], -1, self.config.head_dim)
+            return constrain(heads, HEADS_SPEC)
+
+        return split(self.q(x)), split(self.k(x)), split(self.v(x))
+
+    def _merge(self, x: Array) -> Array:
+        return self.o(x.reshape(*x.shape[:-2], -1))
+
+    def __call__(self, x: Array, rope: Rope, maps: Maps) -> Array:
+        """Parallel form on a whole text, from an empty cache: [B, T, E] to [B, T, E]."""
+        q, k, v = self._project(x)
+        length, capacity = x.shape[1], self.kv.capacity
+        head = length if capacity is None else min(length, capacity)
+        at = jnp.arange(head, dtype=jnp.int32)
+        at = self.kv.position(at, at)
+        q_head, k_head = (rope.rotate_tokens(y[:, :head], at) for y in (q, k))
+        out = attend(q_head, k_head, v[:, :head], self.backend)
+        if head == length:
+            return self._merge(out)
+        memory = self.kv.init(x.shape[0], *k.shape[2:], k.dtype)
+        queries = q_head if "queries" in self.kv.needs else None
+        memory = self.kv.append(memory, k_head, v[:, :head], 0, queries=queries)
+        seen = jnp.full((x.shape[0],), head, jnp.int32)
+        q, k, v = (y[:, head:] for y in (q, k, v))
+        rest, _ = self._chunks(q, k, v, memory, seen, None, rope, maps)
+        return self._merge(jnp.concatenate([out, rest], axis=1))
+
+    def block(
+        self, x: Array, memory: Memory, seen: Array, counts: Array, rope: Rope, maps: Maps
+    ) -> tuple[Array, Memory]:
+        """Parallel form on whole chunks behind full memories; rows take `counts` of the tokens."""
+        q, k, v = self._project(x)
+        out, memory = self._chunks(q, k, v, memory, seen, counts, rope, maps)
+        return self._merge(out), memory
+
+    def _chunks(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        memory: Memory,
+        seen: Array,
+        counts: Array | None,
+        rope: Rope,
+        maps: Maps,
+    ) -> tuple[Array, Memory]:
+        """Tokens [B, T, ., D] behind full memories: all caches first, then all attention."""
+        batch, length = q.shape[:2]
+        prefix, size = self.kv.prefix, self.kv.chunk
+        chunks = -(-length // size)
+        pad = chunks * size - length
+        if pad:
+            q, k, v = (jnp.pad(y, ((0, 0), (0, pad), (0, 0), (0, 0))) for y in (q, k, v))
+            counts = jnp.full((batch,), length, jnp.int32) if counts is None else counts
+        q, k, v = (y.reshape(batch, chunks, size, *y.shape[2:]) for y in (q, k, v))
+        queries = q if "queries" in self.kv.needs else None
+        caches = self.kv.chunk_caches(memory, k, v, counts, rope, maps, seen, queries)
+        offsets = jnp.arange(size, dtype=jnp.int32)
+        steps = jnp.arange(chunks, dtype=jnp.int32)[:, None] * size + offsets[None]
+        at = self.kv.position(seen[:, None, None] + steps[None], prefix + offsets)
+        q = rope.rotate_tokens(q, at)
+        # The last chunk, if partial, has only the keys and the queries that it needs.
+        full = chunks - 1 if pad else chunks
+        outs = []
+        if full:
+            merged = [
+                constrain(y[:, :full].reshape(-1, *y.shape[2:]), HEADS_SPEC)
+                for y in (q, caches.k, caches.v)
+            ]
+            out = attend(*merged, self.backend)
+            outs.append(out.reshape(batch, full * size, *q.shape[3:]))
+        if pad:
+            left = size - pad
+            k_last, v_last = (y[:, -1, : prefix + left] for y in (caches.k, caches.v))
+            outs.append(attend(q[:, -1, :left], k_last, v_last, self.backend))
+        return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0], caches.memory
+
+    def extend(
+        self,
+        x: Array,
+        memory: Memory,
+        seen: Array,
+        fill: int | Array,
+        counts: Array | None,
+        rope: Rope,
+    ) -> tuple[Array, Memory]:
+        """Streaming form: T tokens that find room behind `fill` (int, scalar or [B])."""
+        q, k, v = self._project(x)
+        offsets = jnp.arange(x.shape[1], dtype=jnp.int32)
+        slot = jnp.asarray(fill, jnp.int32)
+        at = self.kv.position(seen[:, None] + offsets[None], slot[..., None] + _like(offsets, slot))
+        q, k = rope.rotate_tokens(q, at), rope.rotate_tokens(k, at)
+        queries = q if "queries" in self.kv.needs else None
+        memory = self.kv.append(memory, k, v, fill, counts, queries)
+        k_all, v_all = self.kv.view(memory)
+        if isinstance(fill, int):
+            end = fill + x.shape[1]
+            k_all, v_all = (jnp.swapaxes(y[:, :, :end], 1, 2) for y in (k_all, v_all))
+            return self._merge(attend(q, k_all, v_all, self.backend)), memory
+        return self._merge(attend_cache(q, k_all, v_all, fill)), memory
+
+
+def _like(offsets: Array, slot: Array) -> Array:
+    return offsets.reshape((1,) * slot.ndim + (-1,))
+
+
+class Block(nn.Module):
+    """One decoder layer."""
+
+    config: LlamaConfig
+    kv: KVPolicy
+    dtype: str
+    backend: str
+
+    def setup(self) -> None:
+        self.input_norm = RMSNorm(self.config.rms_norm_eps, self.dtype)
+        self.attention = Attention(self.config, self.kv, self.dtype, self.backend)
+        self.post_norm = RMSNorm(self.config.rms_norm_eps, self.dtype)
+        self.mlp = MLP(self.config, self.dtype)
+
+    def _feed_forward(self, x: Array) -> Array:
+        return x + self.mlp(self.post_norm(x))
+
+    def __call__(self, x: Array, rope: Rope, maps: Maps) -> Array:
+        return self._feed_forward(x + self.attention(self.input_norm(x), rope, maps))
+
+    def block(self, x: Array, memory: Memory, *args: Any) -> tuple[Array, Memory]:
+        out, memory = self.attention.block(self.input_norm(x), memory, *args)
+        return self._feed_forward(x + out), memory
+
+    def extend(self, x: Array, memory: Memory, *args: Any) -> tuple[Array, Memory]:
+        out, memory = self.attention.extend(self.input_norm(x), memory, *args)
+        return self._feed_forward(x + out), memory
+
+
+class Embed(nn.Module):
+    """Token embedding, and the head of a tied model."""
+
+    config: LlamaConfig
+    dtype: str
+
+    def setup(self) -> None:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        init = nn.initializers.normal(0.02)
+        self.embedding = self.param("embedding", init, shape, jnp.dtype(self.dtype))
+
+    def __call__(self, tokens: Array) -> Array:
+        return jnp.take(self.embedding, tokens, axis=0).astype(jnp.dtype(self.dtype))
+
+    def logits(self, x: Array) -> Array:
+        return matmul(x, self.embedding.astype(x.dtype).T, jnp.float32)
+
+
+class Llama(nn.Module):
+    """A Llama whose cache follows the policy `kv`. Frozen, hashable, compared by value.
+
+    Attributes:
+      config: sizes. kv: cache policy. dtype: of activations ("float32", "bfloat16", "float16").
+      attention: back end (freqkv_jax.model.attention.BACKENDS).
+
+    `apply({"params": p, "maps": maps(model)}, tokens)` is the parallel form, int [B, T] to float32
+    logits [B, T, V]; without "maps" the policy's arrays are built in place.
+    """
+
+    config: LlamaConfig
+    kv: KVPolicy
+    dtype: str = "float32"
+    attention: str = "auto"
+
+    def setup(self) -> None:
+        check_model_options(self.dtype, self.attention)
+        self.embed = Embed(self.config, self.dtype)
+        self.layers = [
+            Block(self.config, self.kv, self.dtype, self.attention)
+            for _ in range(self.config.num_layers)
+        ]
+        self.norm = RMSNorm(self.config.rms_norm_eps, self.dtype)
+        if not self.config.tie_word_embeddings:
+            self.lm_head = Linear(self.config.vocab_size, self.dtype)
+
+    @property
+    def rope(self) -> Rope:
+        """The rotation of queries and keys."""
+        return Rope(self.config.rope, self.config.head_dim)
+
+    def _maps(self) -> Maps:
+        if self.has_variable("maps", "kv"):
+            return self.get_variable("maps", "kv")
+        return {name: jnp.asarray(array) for name, array in self.kv.constants().items()}
+
+    def _embed(self, tokens: Array) -> Array:
+        return constrain(self.embed(tokens), P(BATCH_AXES, None, None))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Final hidden states of the parallel form, from an empty cache."""
+        rope, maps, x = self.rope, self._maps(), self._embed(tokens)
+        for layer in self.layers:
+            x = layer(x, rope, maps)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*n E"]) -> Float[Array, "*n V"]:
+        """The head, in float32."""
+        if self.config.tie_word_embeddings:
+            return self.embed.logits(hidden)
+        return self.lm_head(hidden, jnp.float32)
+
+    def block(
+        self, tokens: Int[Array, "B T"], state: KVState, counts: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B T E"], KVState]:
+        """Reads whole chunks (T a multiple of Q) behind full caches, all chunks at once.
+
+        Rows with counts > 0 must have fill = N; a row with count 0 keeps its state.
+        """
+        rope, maps, x = self.rope, self._maps(), self._embed(tokens)
+        memories = []
+        for layer, memory in zip(self.layers, state.layers, strict=True):
+            x, memory = layer.block(x, memory, state.seen, counts, rope, maps)
+            memories.append(memory)
+        chunk = self.kv.chunk
+        fill = self.kv.prefix + counts - (counts + chunk - 1) // chunk * chunk + chunk
+        fill = jnp.where(counts > 0, fill, state.fill)
+        return self.norm(x), _advance(state, memories, fill, counts)
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        state: KVState,
+        counts: Int[Array, "B"] | None = None,
+        fill: int | Array | None = None,
+    ) -> tuple[Float[Array, "B T E"], KVState]:
+        """Reads T tokens for which there is room, each row behind its own fill.
+
+        Args:
+          counts: how many of the tokens each row reads (None: all of them).
+          fill: the fill of every row that reads, if they are equal: an int (known when traced,
+            fastest attention) or a scalar array (one write for the whole batch).
+        """
+        rope, x = self.rope, self._embed(tokens)
+        at = state.fill if fill is None else fill
+        memories = []
+        for layer, memory in zip(self.layers, state.layers, strict=True):
+            x, memory = layer.extend(x, memory, state.seen, at, counts, rope)
+            memories.append(memory)
+        read = jnp.full_like(state.fill, tokens.shape[1]) if counts is None else counts
+        return self.norm(x), _advance(state, memories, state.fill + read, read)
+
+
+def _advance(state: KVState, memories: list[Memory], fill: Array, read: Array) -> KVState:
+    layers = tuple(
+        jax.tree.map(lambda leaf: constrain(leaf, P(BATCH_AXES, "tensor")), memory)
+        for memory in memories
+    )
+    return KVState(layers, fill, state.seen + read, state.end_token, state.policy)
+
+
+def check_model_options(dtype: str, attention: str) -> None:
+    """ValueError for a compute dtype or an attention back end that does not exist."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
+    check_backend(attention)
+
+
+def maps(model: Llama) -> dict[str, Maps]:
+    """The constant collection "maps" of a model: the policy's arrays, float32."""
+    return {"kv": {name: jnp.asarray(array) for name, array in model.kv.constants().items()}}
+
+
+def abstract_params(config: LlamaConfig, dtype: str) -> Any:
+    """The parameter tree as shapes: nothing is computed or allocated."""
+    from freqkv_jax.kv import FullConfig
+
+    model = Llama(config, FullConfig(), dtype)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def init_params(model: Llama, seed: int = 0) -> Any:
+    """Random parameters, in the model's dtype."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
+
+
+def abstract_state(model: Llama, batch: int, slots: int | None = None) -> KVState:
+    """The shapes of a state of `batch` rows."""
+    return jax.eval_shape(lambda: empty_state(model.config, model.kv, batch, model.dtype, slots))

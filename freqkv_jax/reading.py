@@ -1,0 +1,268 @@
+"""Reading tokens of any number into a state: the plan of blocks, and the driver that runs it."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from freqkv_jax import programs
+from freqkv_jax.kv.policy import KVPolicy
+from freqkv_jax.kv.state import KVState, empty_state, grown
+from freqkv_jax.model.llama import Llama
+from freqkv_jax.sharding import BATCH_AXES, P, check_mesh, mesh_of
+
+# Tokens of a block, over all rows, where the caller does not say: enough to keep an accelerator
+# busy, little enough for a laptop.
+BLOCK_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block of the plan: T tokens a row, of which row i takes counts[i] from offsets[i] on."""
+
+    kind: str  # as `programs.read`
+    length: int
+    offsets: np.ndarray
+    counts: np.ndarray
+    due: np.ndarray  # rows in which room must be made before
+
+
+def plan(
+    kv: KVPolicy, fills: Sequence[int], lengths: Sequence[int], block_len: int
+) -> Iterator[Step]:
+    """Cuts `lengths[i]` tokens a row, behind caches with `fills[i]` entries, into blocks.
+
+    Rows fill their cache first; then all full rows read whole chunks together. What is left of a
+    row when no row has a whole chunk left (or blocks are shorter than one) is read behind a cache
+    in which room was made. Lengths T come from a small set, so that few programs are compiled.
+    """
+    fill, left = np.array(fills, np.int64), np.array(lengths, np.int64)
+    done = np.zeros_like(left)
+    size = None if kv.capacity is None else kv.capacity
+    while left.any():
+        room = left if size is None else size - fill
+        full = (left > 0) & (room == 0)
+        due = np.zeros_like(full)
+        chunks = 0
+        if not ((left > 0) & (room > 0)).any():
+            chunks = min(block_len, int(left.max())) // kv.chunk
+            if not chunks:
+                due = full
+                fill = np.where(due, kv.prefix, fill)
+                room = size - fill if size is not None else room
+        if chunks:
+            chunks = 1 << (chunks.bit_length() - 1)
+            length = chunks * kv.chunk
+            counts = np.minimum(left, length) * full
+            rounds = -(-counts // kv.chunk)
+            fill = np.where(full, kv.prefix + counts - (rounds - 1) * kv.chunk, fill)
+            yield Step("chunks", length, done.copy(), counts, due)
+        else:
+            kind = "fresh" if not fill.any() else "more"
+            counts = np.minimum(np.minimum(left, room), block_len)
+            limit = block_len if size is None else min(block_len, size)
+            yield Step(kind, min(_bucket(int(counts.max())), limit), done.copy(), counts, due)
+            fill = fill + counts
+        done, left = done + counts, left - counts
+
+
+def _bucket(length: int) -> int:
+    """The next of 16, 32, 48, 64, 80, 96, 112, 128, 160, ... : at most a quarter too long."""
+    unit = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // unit) * unit
+
+
+def roomy(slots: int) -> int:
+    """Slots of an unbounded cache that is to hold `slots` entries: a power of two, at least 256."""
+    return max(256, 1 << (slots - 1).bit_length())
+
+
+class Runner:
+    """Runs the programs of one model, with its parameters, on one device or a mesh."""
+
+    def __init__(self, model: Llama, params: Mapping[str, Any], batch: int) -> None:
+        refuse_tracers(params)
+        self.model, self.batch = model, batch
+        self.mesh = mesh_of(params)
+        if self.mesh is not None:
+            check_mesh(model.config, self.mesh, batch)
+        self.variables = {"params": params, "maps": placed_maps(model.kv, self.mesh)}
+
+    def __call__(self, program: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        """Runs a function of `programs` on arrays `args`; the state among them is donated."""
+        with self.context():
+            return compiled(program, self.mesh, self.model.kv)(
+                self.model, self.variables, *args, **static
+            )
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """The mesh, set, or nothing."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def empty(self, slots: int | None) -> KVState:
+        """A state that has read nothing, on the mesh."""
+        kv, model = self.model.kv, self.model
+        if self.mesh is None:
+            return empty_state(model.config, kv, self.batch, model.dtype, slots)
+        make = functools.partial(empty_state, model.config, kv, self.batch, model.dtype, slots)
+        with self.context():
+            return jax.jit(make, out_shardings=state_prefix(self.mesh, kv))()
+
+    def check_state(self, state: KVState) -> None:
+        """ValueError if the state is another policy's, model's or batch's."""
+        refuse_tracers(state)
+        if state.policy != self.model.kv:
+            raise ValueError(
+                f"the state belongs to policy {state.policy}, the model has {self.model.kv};"
+                " use model.clone(kv=state.policy), or read the text anew"
+            )
+        if state.batch != self.batch:
+            raise ValueError(
+                f"the state holds {state.batch} rows, the call has {self.batch}; they must agree"
+            )
+        if len(state.layers) != self.model.config.num_layers:
+            raise ValueError(
+                f"the state has {len(state.layers)} layers, the model"
+                f" {self.model.config.num_layers}; it belongs to another model"
+            )
+
+    def with_slots(self, state: KVState, slots: int) -> KVState:
+        """An unbounded state with at least `slots` slots; a bounded one as it is."""
+        if self.model.kv.capacity is not None or state.slots >= slots:
+            return state
+        with self.context():
+            return jax.jit(grown, static_argnames="slots")(state, slots=roomy(slots))
+
+    def make_room(self, state: KVState, due: np.ndarray) -> KVState:
+        """Makes room in the rows that are due, at the cost of these rows where that is possible."""
+        if due.all():
+            return self(programs.make_room, state)
+        # Indexing a sharded axis would gather the cache; a mask does not.
+        if self.mesh is not None:
+            return self(programs.make_room, state, due)
+        for row in np.flatnonzero(due):
+            state = self(programs.make_room_in_row, state, np.int32(row))
+        return state
+
+    def block_len(self, wanted: int | None) -> int:
+        """Tokens a row and block."""
+        if wanted is not None:
+            if wanted < 1:
+                raise ValueError(f"block_len must be at least 1, got {wanted}")
+            return wanted
+        kv = self.model.kv
+        return max(BLOCK_TOKENS // self.batch, 1 if kv.capacity is None else kv.chunk)
+
+    def steps(
+        self, state: KVState | None, lengths: np.ndarray, block_len: int | None
+    ) -> Iterator[tuple[Step, Callable[[KVState | None], KVState]]]:
+        """The blocks to read, each with a function that readies the state for it."""
+        fills = np.zeros(self.batch, np.int64) if state is None else np.asarray(state.fill)
+        total = np.array(fills, np.int64)
+        for step in plan(self.model.kv, fills, lengths.tolist(), self.block_len(block_len)):
+            total = total + step.counts
+            slots = int(total.max())
+
+            def ready(state: KVState | None, step: Step = step, slots: int = slots) -> KVState:
+                if state is None:
+                    state = self.empty(None if self.model.kv.capacity else roomy(slots))
+                state = self.with_slots(state, slots)
+                return self.make_room(state, step.due) if step.due.any() else state
+
+            yield step, ready
+
+
+@functools.lru_cache(maxsize=512)
+def compiled(program: Callable[..., Any], mesh: Mesh | None, kv: KVPolicy) -> Callable[..., Any]:
+    """A program of `programs` under jit: static model and options, the state donated.
+
+    Donation is what updates caches in place: without it every step would copy all of them.
+    """
+    names = program.__code__.co_varnames[: program.__code__.co_argcount]
+    static = [n for n in ("model", "kind", "rule", "num_steps", "uniform") if n in names]
+    options: dict[str, Any] = {}
+    if mesh is not None:
+        rows, state = NamedSharding(mesh, P(BATCH_AXES)), state_prefix(mesh, kv)
+        whole = NamedSharding(mesh, P())
+        options["out_shardings"] = {
+            programs.read_last: (rows, state),
+            programs.read_scores: (whole, state),
+            programs.make_room: state,
+            programs.decode_steps: (whole, rows, state),
+            programs.head: rows,
+        }[program]
+    donated = ["state"] if "state" in names else []
+    return jax.jit(program, static_argnames=static, donate_argnames=donated, **options)
+
+
+def state_prefix(mesh: Mesh, kv: KVPolicy) -> KVState:
+    """Shardings of a state, as a prefix of its tree: memories by row and head, counters whole."""
+    whole = NamedSharding(mesh, P())
+    memories: Any = NamedSharding(mesh, P(BATCH_AXES, "tensor"))
+    return KVState(memories, *([whole] * 3), policy=kv)  # pyright: ignore[reportArgumentType]
+
+
+@functools.lru_cache(maxsize=8)
+def placed_maps(kv: KVPolicy, mesh: Mesh | None) -> dict[str, dict[str, Array]]:
+    """The collection "maps" on its devices, a copy on each of a mesh."""
+    where = None if mesh is None else NamedSharding(mesh, P())
+    arrays = {name: jax.device_put(array, where) for name, array in kv.constants().items()}
+    return {"kv": arrays}
+
+
+def refuse_tracers(tree: Any) -> None:
+    """TypeError under jit: the drivers decide on the host what to run next."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            "prefill, decode, score and generate drive compiled blocks from the host and cannot"
+            " be traced by jit, grad or vmap; use fk.decode_scan, or model.apply"
+        )
+
+
+def checked_tokens(model: Llama, tokens: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Host copies of tokens [B, T] and lengths [B], with zeros behind each row's length.
+
+    Raises ValueError: not [B, T] integers, B or T zero, lengths outside 1..T, ids outside the
+    vocabulary.
+    """
+    refuse_tracers((tokens, lengths))
+    ids = np.asarray(tokens)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"tokens must be integers [B, T], got {ids.dtype} of shape {ids.shape}")
+    batch, length = ids.shape
+    if not batch or not length:
+        raise ValueError(f"tokens must hold a row and a token at least, got [{batch}, {length}]")
+    counts = np.full(batch, length) if lengths is None else np.asarray(lengths)
+    if counts.shape != (batch,) or not np.issubdtype(counts.dtype, np.integer):
+        raise ValueError(f"lengths must be one whole number a row ({batch}), got {counts.tolist()}")
+    if counts.min() < 1 or counts.max() > length:
+        raise ValueError(f"lengths must be 1 to {length} (T), got {counts.tolist()}")
+    ids = np.where(np.arange(length)[None] < counts[:, None], ids, 0)
+    vocab = model.config.vocab_size
+    outside = ids[(ids < 0) | (ids >= vocab)]
+    if outside.size:
+        raise ValueError(
+            f"token id {int(outside[0])} is outside the vocabulary (0 to {vocab - 1});"
+            " the text was encoded with another model's tokenizer"
+        )
+    return ids.astype(np.int32), counts.astype(np.int64)
+
+
+def cut(ids: np.ndarray, step: Step, shift: int = 0) -> np.ndarray:
+    """The tokens [B, T] of a step (those `shift` places further on), zeros where there are none."""
+    place = step.offsets[:, None] + shift + np.arange(step.length)[None]
+    inside = (np.arange(step.length)[None] < step.counts[:, None]) & (place < ids.shape[1])
+    taken = np.take_along_axis(ids, np.minimum(place, ids.shape[1] - 1), axis=1)
+    return np.where(inside, taken, 0).astype(np.int32)
+
+
+def copied(state: KVState) -> KVState:
+    """A state with arrays of its own, so that donating them leaves the caller's whole."""
+    return jax.tree.map(jnp.copy, state)

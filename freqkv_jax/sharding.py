@@ -1,0 +1,255 @@
+"""Device mesh and sharding tables: ordered rules from a path in a tree to a PartitionSpec.
+
+Batch rows lie on ("data", "fsdp"), heads and the ffn on "tensor", weights on "fsdp" as well. The
+slot axis of a cache is never sharded: compress and attention need it whole, and it is short.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from freqkv_jax.config import LlamaConfig
+
+P = PartitionSpec
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Parameter path (the whole of it) -> PartitionSpec; the first rule that matches decides.
+# No catch-all rule: a weight that nothing matches is an error, not silently replicated.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"layers_\d+/(input|post)_norm/scale", P()),
+    (r"layers_\d+/attention/(q|k|v)/kernel", P("fsdp", "tensor")),
+    (r"layers_\d+/attention/o/kernel", P("tensor", "fsdp")),
+    (r"layers_\d+/mlp/(gate|up)/kernel", P("fsdp", "tensor")),
+    (r"layers_\d+/mlp/down/kernel", P("tensor", "fsdp")),
+    (r"norm/scale", P()),
+    (r"lm_head/kernel", P("fsdp", "tensor")),
+)
+# A tied model has no lm_head, so this rule may go unused.
+OPTIONAL_RULES = (r"lm_head/kernel",)
+
+# Path in a KVState -> PartitionSpec. Memory leaves are [B, K, ...].
+STATE_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"layers/.+", P(BATCH_AXES, "tensor")),
+    (r"(fill|seen|end_token)", P()),
+)
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh with axes data, fsdp, tensor, all of type Auto.
+
+    Args:
+      data, fsdp, tensor: axis sizes; one of them may be -1, for "all devices that are left".
+      devices: the devices to use, all of them; None takes as many as needed of `jax.devices()`.
+
+    Raises:
+      ValueError: a size below 1 (other than one -1), or a product that the devices cannot give.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    available = list(jax.devices() if devices is None else devices)
+    unknown = [name for name, size in sizes.items() if size == -1]
+    if len(unknown) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(
+            f"mesh sizes must be 1 or more, and at most one of them -1, got {_show(sizes)}"
+        )
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if unknown:
+        if len(available) % known:
+            raise ValueError(
+                f"mesh {_show(sizes)}: {known} does not divide the {len(available)} devices;"
+                " choose sizes whose product does"
+            )
+        sizes[unknown[0]] = len(available) // known
+    needed = math.prod(sizes.values())
+    if needed > len(available) or (devices is not None and needed != len(available)):
+        raise ValueError(
+            f"mesh {_show(sizes)} needs {needed} devices, got {len(available)};"
+            " make data*fsdp*tensor equal to the number of devices (-1 fills one of them in)"
+        )
+    shape = tuple(sizes.values())
+    grid = mesh_utils.create_device_mesh(shape, available[:needed], allow_split_physical_axes=True)
+    # Auto must be asked for: jax.make_mesh gives Explicit axes when nothing is said.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _show(sizes: dict[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def tree_path(path: tuple[Any, ...]) -> str:
+    """A jax key path as text, e.g. "layers_0/attention/q/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def match_specs(tree: Any, rules: Sequence[tuple[str, PartitionSpec]]) -> Any:
+    """A tree of PartitionSpec shaped like `tree`: the first rule that matches each leaf's path.
+
+    Raises:
+      ValueError: a leaf that no rule matches or whose rank the spec exceeds (all listed), or a
+        rule that uses a mesh axis twice.
+    """
+    for pattern, spec in rules:
+        used = [axis for entry in spec for axis in _axes_of(entry)]
+        if len(used) != len(set(used)):
+            raise ValueError(f"sharding rule {pattern!r} uses a mesh axis twice: {spec}")
+    problems: list[str] = []
+
+    def spec_of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        name = tree_path(path)
+        for pattern, spec in rules:
+            if re.fullmatch(pattern, name):
+                if len(spec) > len(leaf.shape):
+                    problems.append(f"{name} (shape {tuple(leaf.shape)} is too short for {spec})")
+                return spec
+        problems.append(f"{name} (no rule matches)")
+        return P()
+
+    specs = jax.tree_util.tree_map_with_path(spec_of, tree)
+    if problems:
+        raise ValueError(
+            f"no sharding for {', '.join(problems)}; add or correct a rule in"
+            " freqkv_jax/sharding.py"
+        )
+    return specs
+
+
+def param_specs(params: Any) -> Any:
+    """The PartitionSpec of every parameter, by RULES; ValueError lists leaves that none matches."""
+    return match_specs(params, RULES)
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every parameter (arrays or ShapeDtypeStructs) on `mesh`."""
+    return _named(param_specs(params), mesh)
+
+
+def unused_rules(params: Any) -> list[str]:
+    """Patterns of RULES that decide no leaf of `params`, lm_head's left out (it may be tied)."""
+    names = [tree_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    winners = {next((p for p, _ in RULES if re.fullmatch(p, name)), None) for name in names}
+    return [p for p, _ in RULES if p not in winners and p not in OPTIONAL_RULES]
+
+
+def state_specs(state: Any) -> Any:
+    """The PartitionSpec of every array of a KVState, by STATE_RULES."""
+    return match_specs(state, STATE_RULES)
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every array of a KVState: memory by row and head, counters replicated.
+
+    Raises ValueError where the mesh does not divide a leaf's rows or heads.
+    """
+    specs = state_specs(state)
+    _check_leaves(state, specs, mesh)
+    return _named(specs, mesh)
+
+
+def batch_spec() -> PartitionSpec:
+    """The spec of anything whose first axis is the batch."""
+    return P(BATCH_AXES)
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """The tree of NamedShardings that put a copy of every leaf on every device."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, P()), tree)
+
+
+def _named(specs: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def _is_spec(leaf: Any) -> bool:
+    # jax itself may or may not see a PartitionSpec as a leaf, by version.
+    return isinstance(leaf, PartitionSpec)
+
+
+def _axes_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _check_leaves(tree: Any, specs: Any, mesh: Mesh) -> None:
+    problems = []
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = jax.tree.leaves(specs, is_leaf=_is_spec)
+    for (path, leaf), spec in zip(leaves, flat, strict=True):
+        for size, entry in zip(leaf.shape, spec, strict=False):
+            parts = math.prod(mesh.shape[axis] for axis in _axes_of(entry))
+            if size % parts:
+                axes = "*".join(_axes_of(entry))
+                problems.append(f"{tree_path(path)} axis of {size} by {axes}={parts}")
+    if problems:
+        raise ValueError(
+            f"the mesh does not divide {'; '.join(problems)}; make the batch a multiple of"
+            " data*fsdp and choose a tensor size that divides the kv heads"
+        )
+
+
+def check_mesh(config: LlamaConfig, mesh: Mesh, batch: int | None = None) -> None:
+    """Raises ValueError naming every size of the model, or the batch, that `mesh` cannot split."""
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
+    tensor, fsdp = sizes["tensor"], sizes["fsdp"]
+    rows = sizes["data"] * fsdp
+    must_divide = [
+        ("num_heads", config.num_heads, "tensor", tensor),
+        ("num_kv_heads", config.num_kv_heads, "tensor", tensor),
+        ("intermediate_size", config.intermediate_size, "tensor", tensor),
+        ("vocab_size", config.vocab_size, "tensor", tensor),
+        ("hidden_size", config.hidden_size, "fsdp", fsdp),
+    ]
+    if batch is not None:
+        must_divide.append(("batch", batch, "data*fsdp", rows))
+    problems = [
+        f"{name} {size} by {axis}={parts}"
+        for name, size, axis, parts in must_divide
+        if size % parts
+    ]
+    if not problems:
+        return
+    common = math.gcd(config.num_kv_heads, config.intermediate_size, config.vocab_size)
+    advice = f"tensor must divide {common}, fsdp must divide {config.hidden_size}"
+    if batch is not None:
+        advice += f", the batch must be a multiple of data*fsdp (now {rows})"
+    raise ValueError(
+        f"mesh {_show(sizes)} does not divide {', '.join(problems)}; {advice}: change the mesh"
+        + (" or the batch" if batch is not None else "")
+    )
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh of the first leaf that lies on more than one device by name; None if none does."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            return mesh
+    return None
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Constrains `x` to `spec` under `jax.set_mesh(mesh)`; x itself where no mesh is set.
+
+    Axes that the mesh lacks, or that a shard_map around us handles, are left out of the spec.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        return x
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    entries = []
+    for entry in spec:
+        kept = tuple(axis for axis in _axes_of(entry) if kinds.get(axis) == AxisType.Auto)
+        entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
+    if not any(kinds[axis] == AxisType.Auto for axis in kinds):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*entries))

@@ -1,0 +1,64 @@
+"""Real weights: Hugging Face directories and GGUF files, read and written."""
+
+import os
+import warnings
+from typing import Any
+
+from jax.sharding import Mesh
+
+from freqkv_jax.config import LlamaConfig
+from freqkv_jax.kv import FreqKVConfig, KVPolicy
+from freqkv_jax.model.llama import Llama, check_model_options
+from freqkv_jax.weights.load import load_params, open_source
+from freqkv_jax.weights.save import save_pretrained
+
+__all__ = ["load_pretrained", "read_config", "save_pretrained"]
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    kv: KVPolicy | None = None,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+) -> tuple[Llama, Any]:
+    """Loads a model.
+
+    Args:
+      path: a Hugging Face directory (safetensors, in one file or several), a hub id, or a .gguf
+        file (dequantised).
+      kv: cache policy; None takes the one that `save_pretrained` wrote, else FreqKVConfig().
+      dtype: of every weight and of activations.
+      mesh: spreads the weights by `sharding.RULES`; each host reads only what it holds.
+      attention: back end.
+
+    Returns:
+      The model and its parameters.
+
+    Raises:
+      ValueError: what the path holds is damaged or not a model of this kind; a bad argument.
+      OSError: nothing is there, or the hub cannot be reached.
+      MemoryError: the weights do not fit.
+    """
+    check_model_options(dtype, attention)
+    source = open_source(path)
+    policy = kv or source.policy or FreqKVConfig()
+    params = load_params(source, dtype, mesh)
+    _warn_beyond_window(source.config, policy)
+    return Llama(source.config, policy, dtype, attention), params
+
+
+def read_config(path: str | os.PathLike[str]) -> tuple[LlamaConfig, KVPolicy | None]:
+    """A model's config and the policy that it remembers, if any, without its weights."""
+    source = open_source(path, weights=False)
+    return source.config, source.policy
+
+
+def _warn_beyond_window(config: LlamaConfig, policy: KVPolicy) -> None:
+    size, window = policy.capacity, config.max_position_embeddings
+    if size is not None and size > window:
+        warnings.warn(
+            f"cache_size {size} is above the model's max_position_embeddings {window}: positions"
+            f" behind {window} are new to it; a cache_size of at most {window} is safe",
+            UserWarning,
+        )

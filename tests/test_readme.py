@@ -1,0 +1,129 @@
+"""What the README says holds: its table is current, its commands run, its Python too."""
+
+import io
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from freqkv_jax import readme
+from freqkv_jax.kv import POLICIES
+from tests.model_folder import write_model_folder
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def blocks(language: str) -> list[str]:
+    """The contents of the README's code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every command line of the README's shell blocks, continuation lines joined."""
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    lines = [line.partition(" #")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+INSTALLS = [line for line in commands() if line.startswith(("make", "pip", "git", "cd"))]
+RUNS = [line for line in commands() if line not in INSTALLS]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder in which MODEL is a tiny model, and book.txt and tokens.bin something to read."""
+    import numpy as np
+
+    write_model_folder(tmp_path / "MODEL", num_heads=4, num_kv_heads=2)
+    text = "Call me Ishmael. Some years ago, never mind how long precisely, I went to sea. "
+    (tmp_path / "book.txt").write_text(text * 4)
+    np.arange(9000, dtype="<u2").__mod__(250).tofile(tmp_path / "tokens.bin")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FREQKV_NO_COMPILE_CACHE", "1")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/exit\n"))
+    return tmp_path
+
+
+def test_table_is_current():
+    assert readme.with_table(README) == README, "run python -m freqkv_jax.readme"
+
+
+def test_table_has_every_policy_and_its_file():
+    table = readme.policy_table()
+    for name, cls in POLICIES.items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+        assert cls.summary in row and cls.keeps in row and cls.source in row
+        assert (ROOT / re.search(r"\]\((.*?)\)", row).group(1)).is_file()
+    # 32 layers, K and V, 4096 wide, 2 bytes, 4096 slots or 32768 tokens.
+    assert "| 2.0 GiB |" in table and "| 16.0 GiB |" in table
+
+
+def test_command_rewrites_the_table(tmp_path, capsys):
+    file = tmp_path / "README.md"
+    file.write_text(README.replace("low-pass filters", "does something to"))
+    assert readme.main([str(file)]) == 0 and file.read_text() == README
+    assert readme.main([str(file)]) == 0 and "is current" in capsys.readouterr().out
+    file.write_text("no markers")
+    assert readme.main([str(file)]) == 2 and "must hold" in capsys.readouterr().err
+    assert file.read_text() == "no markers"
+    assert readme.main([str(tmp_path / "none")]) == 2
+
+
+def test_readme_has_what_the_tests_look_for():
+    assert len(blocks("python")) == 1 and len(RUNS) >= 5
+    assert {"make demo", "make test"} <= set(INSTALLS)
+
+
+@pytest.mark.parametrize("line", INSTALLS)
+def test_make_and_install(line):
+    words = shlex.split(line)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert [word for word in words[1:] if "=" not in word][0] in targets
+        return
+    assert words[:2] == ["pip", "install"], f"no test for {line!r}"
+    (what,) = [word for word in words[2:] if not word.startswith("-")]
+    name, _, extras = what.rstrip("]").partition("[")
+    assert name == "." or name == PROJECT["name"]
+    assert set(filter(None, extras.split(","))) <= set(PROJECT["optional-dependencies"])
+
+
+@pytest.mark.parametrize("line", RUNS)
+def test_command_runs(line, place, capsys):
+    from freqkv_jax.cli import main
+
+    words = shlex.split(line)
+    if words[:2] == ["python", "eval.py"]:
+        assert (ROOT / "eval.py").is_file()
+        words = ["freqkv", "eval", *words[2:]]
+    assert words[0] == "freqkv", f"no test for {line!r}"
+    status = main(words[1:])
+    out = capsys.readouterr()
+    if words[1] == "compile" and status == 2:
+        # The TPU compiler is in an extra that the ordinary tests do without.
+        assert "tpu" in out.err and "pip install" in out.err
+        return
+    assert status == 0, out.err
+    assert "Traceback" not in out.err and (out.out or out.err)
+
+
+def test_python_runs(place, capsys):
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) == 10
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"])
+def test_links_lead_somewhere(name):
+    files = sorted((ROOT / name).glob("*.md")) if (ROOT / name).is_dir() else [ROOT / name]
+    for file in files:
+        text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if not target.startswith(("http", "mailto:")):
+                assert (file.parent / target).exists(), f"{file.name} links to {target}"

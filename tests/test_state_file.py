@@ -1,0 +1,98 @@
+"""States on disk: bit for bit the same, refused by strangers, whole or not there."""
+
+import jax
+import numpy as np
+import pytest
+
+import freqkv_jax as fk
+from tests.tiny import random_params, random_tokens, tiny_config
+
+CONFIG = tiny_config(4, 2)
+PARAMS = random_params(CONFIG)
+TOKENS = random_tokens(CONFIG, 2, 40)
+
+
+def read(kv, dtype="float32"):
+    model = fk.Llama(CONFIG, kv, dtype)
+    logits, state = fk.prefill(model, PARAMS, TOKENS, [40, 7])
+    return model, logits, state
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "kv", [fk.FreqKVConfig(16, 4), fk.SinkWindowConfig(16), fk.FullConfig()], ids=str
+)
+def test_round_trip(tmp_path, kv, dtype):
+    model, logits, state = read(kv, dtype)
+    path = tmp_path / "deep" / "state.safetensors"
+    fk.save_state(state, path, model)
+    again = fk.load_state(path, model)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    want, _, _ = fk.decode(model, PARAMS, state, logits, 12)
+    assert fk.decode(model, PARAMS, again, logits, 12)[0].tolist() == want.tolist()
+    assert [p.name for p in path.parent.iterdir()] == ["state.safetensors"]
+
+
+def test_on_a_mesh(tmp_path):
+    model, _, state = read(fk.FreqKVConfig(16, 4))
+    fk.save_state(state, tmp_path / "s", model)
+    placed = fk.load_state(tmp_path / "s", model, mesh=fk.make_mesh(2, 1, 2))
+    leaf = jax.tree.leaves(placed.layers)[0]
+    assert leaf.addressable_shards[0].data.shape == (1, 1, 16, 8)
+    fk.save_state(placed, tmp_path / "t", model)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "t").read_bytes()
+
+
+def test_strangers_are_refused(tmp_path):
+    model, _, state = read(fk.FreqKVConfig(16, 4))
+    path = tmp_path / "state"
+    fk.save_state(state, path, model)
+    with pytest.raises(ValueError, match="was saved with policy FreqKVConfig.cache_size=16"):
+        fk.load_state(path, model.clone(kv=fk.FreqKVConfig(32, 4)))
+    with pytest.raises(ValueError, match="belongs to another model: its model is"):
+        fk.load_state(path, fk.Llama(tiny_config(4, 4), model.kv))
+    with pytest.raises(ValueError, match="its dtype is float32, here it is bfloat16"):
+        fk.load_state(path, model.clone(dtype="bfloat16"))
+    with pytest.raises(ValueError, match="the state belongs to policy"):
+        fk.save_state(state, path, model.clone(kv=fk.FullConfig()))
+
+
+def test_damage_is_told(tmp_path):
+    model, _, state = read(fk.FreqKVConfig(16, 4))
+    path = tmp_path / "state"
+    fk.save_state(state, path, model)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="state is damaged"):
+        fk.load_state(path, model)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="state is damaged"):
+        fk.load_state(path, model)
+    with pytest.raises(FileNotFoundError, match="no state file at"):
+        fk.load_state(tmp_path / "absent", model)
+
+
+def test_other_safetensors_files_are_refused(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros(3)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="is no state file"):
+        fk.load_state(tmp_path / "weights", read(fk.FreqKVConfig(16, 4))[0])
+
+
+def test_a_failed_save_leaves_the_earlier_file(tmp_path, monkeypatch):
+    import os
+
+    model, _, state = read(fk.FreqKVConfig(16, 4))
+    path = tmp_path / "state"
+    path.write_text("earlier")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        fk.save_state(state, path, model)
+    assert path.read_text() == "earlier" and len(list(tmp_path.iterdir())) == 1
