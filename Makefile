@@ -11,7 +11,7 @@ MODEL_VERSION := 0.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-slow test-tpu demo lint format clean
+.PHONY: help venv test test-slow test-tpu test-gpu demo lint format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ test-slow: $(VENV)/.dev $(VENV)/.model-$(MODEL_VERSION) ## The tests marked slow
 
 test-tpu: $(VENV)/.tpu ## Compile for TPU, without one (installs libtpu)
 	$(BIN)/python -m pytest -m tpu --timeout 1800
+
+test-gpu: $(VENV)/.dev $(VENV)/.model-$(MODEL_VERSION) ## On-device tests (bring jax's CUDA wheels: pip install -e '.[cuda]')
+	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu --timeout 1200
 
 demo: $(VENV)/.base $(VENV)/.model-$(MODEL_VERSION) ## A real model beyond its cache: table, plot, a story
 	$(BIN)/python -m freqkv_jax.demo

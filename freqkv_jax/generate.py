@@ -10,6 +10,7 @@ import numpy as np
 from freqkv_jax.decode import Decoder, eos_ids, prefill
 from freqkv_jax.kv.state import KVState
 from freqkv_jax.model.llama import Llama
+from freqkv_jax.reading import OnProgress
 from freqkv_jax.sampling import sampling
 
 STREAM_STEPS = 16  # tokens between two calls of `stream`
@@ -29,6 +30,7 @@ def generate(
     stream: Callable[[int, list[int]], Any] | None = None,
     return_state: bool = False,
     state: KVState | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Any:
     """Continues prompts.
 
@@ -45,6 +47,7 @@ def generate(
       return_state: whether to return the state too: each row has read its prompt, its new tokens
         and its end token, and can be continued.
       state: what the rows have read before the prompts; it stays usable.
+      on_progress: called while the prompts are read, with the tokens read and those in all.
 
     Returns:
       A list of new ids a row, without prompt and end token; with `return_state` a pair of this
@@ -62,7 +65,7 @@ def generate(
     rule, draw = sampling(temperature, top_k, top_p, _keys(seed, batch), batch)
     eos = eos_ids(model, eos_id)
     decoder = Decoder(model, params, rule, draw, eos, batch)
-    logits, state = prefill(model, params, tokens, lengths, state)
+    logits, state = prefill(model, params, tokens, lengths, state, on_progress=on_progress)
     new: list[list[int]] = [[] for _ in range(batch)]
     ended = np.zeros(batch, bool)
     left = int(max_new_tokens)

@@ -22,6 +22,10 @@ Variables = dict[str, Any]
 LOGITS_AT_ONCE = 1 << 24
 
 
+def _apply(model: Llama, variables: Variables, *args: Any, method: str) -> Any:
+    return model.apply(variables, *args, method=method)
+
+
 def read(
     model: Llama,
     variables: Variables,
@@ -40,10 +44,10 @@ def read(
       Final hidden states (meaningless behind a row's count) and the state.
     """
     if kind == "chunks":
-        hidden, new = model.apply(variables, tokens, state, counts, method="block")
+        hidden, new = _apply(model, variables, tokens, state, counts, method="block")
     else:
         fill = 0 if kind == "fresh" else None
-        hidden, new = model.apply(variables, tokens, state, counts, fill, method="extend")
+        hidden, new = _apply(model, variables, tokens, state, counts, fill, method="extend")
     # A frozen row that is given more to read goes on.
     end_token = jnp.where(counts > 0, -1, new.end_token)
     return hidden, dataclasses.replace(new, end_token=end_token)
@@ -106,7 +110,7 @@ def log_probs(
 
 
 def _log_probs(model: Llama, variables: Variables, hidden: Array, targets: Array) -> Array:
-    logits = model.apply(variables, hidden, method="logits")
+    logits = _apply(model, variables, hidden, method="logits")
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     # A masked sum, not a gather: it stays local where the vocabulary is sharded.
     chosen = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
@@ -173,13 +177,15 @@ def decode_step(
     """
     tokens = pick(logits, state.seen, rule, draw)
     if eos is None:
-        hidden, state = model.apply(variables, tokens[:, None], state, None, fill, method="extend")
-        return tokens, model.apply(variables, hidden[:, 0], method="logits"), state
+        hidden, state = _apply(
+            model, variables, tokens[:, None], state, None, fill, method="extend"
+        )
+        return tokens, _apply(model, variables, hidden[:, 0], method="logits"), state
     running = ~state.ended
     tokens = jnp.where(running, tokens, state.end_token)
     counts = running.astype(jnp.int32)
-    hidden, state = model.apply(variables, tokens[:, None], state, counts, fill, method="extend")
-    new_logits = model.apply(variables, hidden[:, 0], method="logits")
+    hidden, state = _apply(model, variables, tokens[:, None], state, counts, fill, method="extend")
+    new_logits = head(model, variables, hidden[:, 0])
     logits = jnp.where(running[:, None], new_logits, logits)
     stops = running & jnp.any(tokens[:, None] == eos[None, :], axis=1)
     end_token = jnp.where(stops, tokens, state.end_token)
@@ -225,4 +231,4 @@ def decode_steps(
 
 def head(model: Llama, variables: Variables, hidden: Float[Array, "B E"]) -> Float[Array, "B V"]:
     """Logits of final hidden states."""
-    return model.apply(variables, hidden, method="logits")
+    return _apply(model, variables, hidden, method="logits")

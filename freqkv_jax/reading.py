@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
@@ -17,6 +18,8 @@ from freqkv_jax.kv.policy import KVPolicy
 from freqkv_jax.kv.state import KVState, empty_state, grown
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.sharding import BATCH_AXES, P, check_mesh, mesh_of
+
+OnProgress = Callable[[int, int], Any]  # tokens done, tokens in all
 
 # Tokens of a block, over all rows, where the caller does not say: enough to keep an accelerator
 # busy, little enough for a laptop.
@@ -166,7 +169,9 @@ class Runner:
         """The blocks to read, each with a function that readies the state for it."""
         fills = np.zeros(self.batch, np.int64) if state is None else np.asarray(state.fill)
         total = np.array(fills, np.int64)
-        for step in plan(self.model.kv, fills, lengths.tolist(), self.block_len(block_len)):
+        for step in plan(
+            self.model.kv, fills.tolist(), lengths.tolist(), self.block_len(block_len)
+        ):
             total = total + step.counts
             slots = int(total.max())
 
@@ -219,7 +224,7 @@ def placed_maps(kv: KVPolicy, mesh: Mesh | None) -> dict[str, dict[str, Array]]:
 
 def refuse_tracers(tree: Any) -> None:
     """TypeError under jit: the drivers decide on the host what to run next."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
             "prefill, decode, score and generate drive compiled blocks from the host and cannot"
             " be traced by jit, grad or vmap; use fk.decode_scan, or model.apply"
@@ -261,6 +266,13 @@ def cut(ids: np.ndarray, step: Step, shift: int = 0) -> np.ndarray:
     inside = (np.arange(step.length)[None] < step.counts[:, None]) & (place < ids.shape[1])
     taken = np.take_along_axis(ids, np.minimum(place, ids.shape[1] - 1), axis=1)
     return np.where(inside, taken, 0).astype(np.int32)
+
+
+def report(on_progress: OnProgress | None, step: Step, lengths: np.ndarray, result: Array) -> None:
+    """Tells how many tokens of all rows are read, once `result` of the step is there."""
+    if on_progress is not None:
+        jax.block_until_ready(result)
+        on_progress(int((step.offsets + step.counts).sum()), int(lengths.sum()))
 
 
 def copied(state: KVState) -> KVState:

@@ -1,12 +1,11 @@
 """Keeps the README's table of policies; `python -m freqkv_jax.readme` writes it."""
 
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from freqkv_jax.config import SHAPES
+from freqkv_jax.files import write_text
 from freqkv_jax.kv import POLICIES
 
 BEGIN = "<!-- policies: begin (written by `python -m freqkv_jax.readme`) -->"
@@ -49,24 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         old = path.read_text(encoding="utf-8")
         new = with_table(old)
         if new != old:
-            _replace(path, new)
+            write_text(path, new)
     except (OSError, ValueError) as error:
         print(f"freqkv_jax.readme: error: {path}: {error}", file=sys.stderr)
         return 2
     print(f"{path}: {'rewritten' if new != old else 'is current'}")
     return 0
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.chmod(name, 0o644)  # mkstemp gives 0600
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 if __name__ == "__main__":

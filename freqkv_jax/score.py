@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from freqkv_jax import programs
 from freqkv_jax.kv.state import KVState
 from freqkv_jax.model.llama import Llama
-from freqkv_jax.reading import Runner, checked_tokens, copied, cut
+from freqkv_jax.reading import OnProgress, Runner, checked_tokens, copied, cut, report
 
 
 def score(
@@ -20,6 +20,7 @@ def score(
     lengths: Any = None,
     state: KVState | None = None,
     block_len: int | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Float[Array, "B T-1"]:
     """Log-probability of each token after the first, given those before it (natural logarithm).
 
@@ -29,6 +30,7 @@ def score(
       lengths: tokens of each row, 1 to T; the rest is ignored. None: all.
       state: what was read before the tokens; stays usable. None: nothing.
       block_len: tokens a row that are read at once; memory grows with it, results do not change.
+      on_progress: called after each block with the tokens read and those in all.
 
     Returns:
       float32 [B, T-1]: entry t is log p(token t+1 | state, tokens 0..t); 0 behind a row's length.
@@ -54,6 +56,7 @@ def score(
             kind=step.kind,
         )
         parts.append((step, got))
+        report(on_progress, step, counts - 1, got)
     out = np.zeros((batch, length - 1), np.float32)
     for step, got in parts:
         values = np.asarray(got)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from freqkv_jax.files import write_whole
 from freqkv_jax.kv import KVState, policy_from_dict, policy_to_dict
 from freqkv_jax.kv.state import empty_state
 from freqkv_jax.model.llama import Llama
@@ -35,17 +35,7 @@ def save_state(state: KVState, path: str | os.PathLike[str], model: Llama) -> No
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     arrays = {tree_path(where): np.asarray(leaf) for where, leaf in leaves}
     header = {"format": FORMAT} | {k: json.dumps(v) for k, v in _belongs_to(model).items()}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(arrays, name, metadata=header)
-        os.chmod(name, 0o644)  # mkstemp gives 0600
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda name: save_file(arrays, name, metadata=header))
 
 
 def load_state(path: str | os.PathLike[str], model: Llama, mesh: Mesh | None = None) -> KVState:

@@ -1,4 +1,4 @@
-"""Settings of every test: 8 fake CPU devices, strict promotion of dtypes and ranks, float32 matmuls."""
+"""Settings of every test: 8 fake CPU devices, strict promotion, float32 matmuls."""
 
 import importlib.util
 import os

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from freqkv_jax.cli.common import describe_policy, note, size_text
 from freqkv_jax.cli.generate import Spoken, Voice, print_now
+from freqkv_jax.files import write_text
 
 HELP = "commands: /info  /save FILE  /load FILE  /reset  /exit"
 Message = dict[str, str]
@@ -77,9 +77,7 @@ class Chat:
             raise ValueError("nothing to save: the conversation has not begun")
         fk.save_state(self.state, path, self.voice.model)
         words = {"messages": self.messages, "end_read": self.end_read}
-        temporary = Path(f"{path}.json.tmp")
-        temporary.write_text(json.dumps(words, indent=1), encoding="utf-8")
-        os.replace(temporary, f"{path}.json")
+        write_text(f"{path}.json", json.dumps(words, indent=1))
 
     def load(self, path: str) -> None:
         """Takes up a conversation that `save` wrote; OSError, ValueError."""

@@ -77,7 +77,7 @@ def default_dtype() -> str:
     return "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
 
 
-def parse_mesh(text: str) -> dict[str, int]:
+def parse_mesh(text: str) -> dict[str, Any]:
     """{"data": 2, ...} of "data=2,fsdp=2"; ValueError if it is not of that form."""
     axes: dict[str, int] = {}
     for part in text.split(","):

@@ -191,7 +191,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"kernels          {report['num_kernels']} runs of Pallas kernels",
         *_collective_lines(report),
         "",
-        *_estimate_lines(report["estimate"]),
+        *_estimate_lines(report["estimate"], report["what"]),
         f"compiled in      {report['compile_seconds']:.0f} s",
     ]
 
@@ -225,7 +225,7 @@ def _collective_lines(report: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _estimate_lines(estimate: dict[str, Any] | None) -> list[str]:
+def _estimate_lines(estimate: dict[str, Any] | None, what: str) -> list[str]:
     if estimate is None:
         return ["estimate         none off TPU"]
     cycles = f"{estimate['cycles']:,} cycles by the compiler"
@@ -233,7 +233,7 @@ def _estimate_lines(estimate: dict[str, Any] | None) -> list[str]:
         cycles += f" + {estimate['kernel_cycles']:,} for the kernels"
     mfu = "-" if estimate["mfu"] is None else f"{estimate['mfu']:.1%}"
     rows = [f"estimate         {cycles} = {estimate['seconds'] * 1e3:.3f} ms, MFU {mfu}"]
-    if loop := estimate["longest_loop"]:
+    if what == "decode" and (loop := estimate["longest_loop"]):
         turn = loop["cycles"] / estimate["clock_hz"] * 1e3
-        rows.append(f"  of it          {loop['runs']} turns of a loop, {turn:.3f} ms each")
+        rows.append(f"  of it          {loop['runs']} steps of {turn:.3f} ms")
     return [*rows, f"  ({estimate['note']})"]

@@ -1,7 +1,9 @@
 """`freqkv generate`: continues a text, word by word, or talks in the terminal."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +18,9 @@ from freqkv_jax.cli.common import (
     note,
     size_text,
 )
+from freqkv_jax.evals.progress import progress
+
+LONG_PROMPT = 4096  # tokens from which a bar shows how far the reading is
 
 DESCRIPTION = """\
 Continues a prompt of any length, or talks with you (--chat), through a cache of fixed size. Words
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = fk.load_tokenizer(args.model)
     model, params = load_model(args)
     voice = Voice(model, params, tokenizer, sampling_from_flags(args, model, tokenizer))
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter
     if prompt is None:
         from freqkv_jax.cli.chat import talk
@@ -153,9 +158,7 @@ class Voice:
     tokenizer: Any
     sampling: dict[str, Any]
 
-    def speak(
-        self, ids: Sequence[int], write: Callable[[str], None], state: Any = None
-    ) -> Spoken:
+    def speak(self, ids: Sequence[int], write: Callable[[str], None], state: Any = None) -> Spoken:
         """Reads `ids` (after what `state` has read) and continues; `write` gets text as it comes.
 
         The state given is used up.
@@ -167,8 +170,15 @@ class Voice:
         first: list[tuple[int, float]] = []
         pieces: list[str] = []
 
+        reading = contextlib.ExitStack()
+        on_progress = None
+        if len(ids) > LONG_PROMPT:
+            update = reading.enter_context(progress("reading", len(ids)))
+            on_progress = lambda done, total: update(done)  # noqa: E731
+
         def stream(row: int, new: Sequence[int]) -> None:
             del row
+            reading.close()
             if not first:
                 first.append((len(new), time.monotonic() - begin))
             say(decoder.feed([int(token) for token in new]))
@@ -178,15 +188,17 @@ class Voice:
                 pieces.append(text)
                 write(text)
 
-        lists, state = fk.generate(
-            self.model,
-            self.params,
-            [list(ids)],
-            **self.sampling,
-            stream=stream,
-            return_state=True,
-            state=state,
-        )
+        with reading:
+            lists, state = fk.generate(
+                self.model,
+                self.params,
+                [list(ids)],
+                **self.sampling,
+                stream=stream,
+                return_state=True,
+                state=state,
+                on_progress=on_progress,
+            )
         say(decoder.flush())
         total_s = time.monotonic() - begin
         count, first_s = first[0] if first else (0, total_s)

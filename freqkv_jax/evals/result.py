@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from freqkv_jax.files import write_text
+
 PACKAGES = ("freqkv-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors", "gguf")
 EDGE_BYTES = 1 << 20
 
@@ -31,17 +33,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
 
 def write_result(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
     """Writes `record` as JSON: the whole file appears at once, or not at all."""
-    file = Path(path)
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.chmod(name, 0o644)  # mkstemp gives 0600
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:

@@ -97,10 +97,12 @@ class LinearPolicy(KVPolicy):
             k = rope.rotate_slots(memory.k, inverse=True)
             k = rope.rotate_slots(self.shrink(k, 2, maps))
             v = self.shrink(memory.v, 2, maps)
-            # Only the first P slots change; the rest is overwritten by the tokens to come.
+            # Sinks are not written: turned back and forth they would be rounded. Behind the first
+            # P slots is what the tokens to come overwrite.
+            sink = self.sink_size
             return Slots(
-                jax.lax.dynamic_update_slice_in_dim(memory.k, k, 0, axis=2),
-                jax.lax.dynamic_update_slice_in_dim(memory.v, v, 0, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(memory.k, k[:, :, sink:], sink, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(memory.v, v[:, :, sink:], sink, axis=2),
             )
 
     def chunk_caches(
@@ -117,9 +119,11 @@ class LinearPolicy(KVPolicy):
         """The recurrence on keys that are not rotated, then one rotation of all caches."""
         with jax.named_scope("chunk_caches"):
             k_first = jnp.swapaxes(rope.rotate_slots(memory.k, inverse=True), 1, 2)
-            k_all = rope.rotate_tokens(
-                self._recur(k_first, k, maps), jnp.arange(self.capacity, dtype=jnp.int32)
-            )
+            slot = jnp.arange(self.capacity, dtype=jnp.int32)
+            k_all = rope.rotate_tokens(self._recur(k_first, k, maps), slot)
+            # Sinks as they rest: turned back and forth they would be rounded.
+            resting = jnp.swapaxes(memory.k, 1, 2)[:, None]
+            k_all = jnp.where((slot < self.sink_size)[None, None, :, None, None], resting, k_all)
             v_all = self._recur(jnp.swapaxes(memory.v, 1, 2), v, maps)
             end = _memory_after(memory, k_all, v_all, counts, self.chunk)
             return ChunkCaches(k_all, v_all, end)

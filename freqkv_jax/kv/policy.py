@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ from freqkv_jax.rope import Rope
 Memory = Any  # one layer's memory: a pytree that only its policy looks into; leaves are [B, K, ...]
 Maps = dict[str, Array]
 
+SomePolicy = TypeVar("SomePolicy", bound="KVPolicy")
+
 POLICIES: dict[str, type["KVPolicy"]] = {}  # filled at import, read-only after
 
 
-def register(cls: type["KVPolicy"]) -> type["KVPolicy"]:
+def register(cls: type[SomePolicy]) -> type[SomePolicy]:
     """Class decorator: makes a policy known to the command line, files, tests and tables."""
     POLICIES[cls.name] = cls
     return cls

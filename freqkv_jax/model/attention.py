@@ -170,7 +170,6 @@ def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     )(q, k, v)
 
 
-@functools.lru_cache(maxsize=32)
 def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool) -> Callable[..., Any]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as sm
@@ -183,14 +182,15 @@ def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool) -> Call
         block_q_dkv=q_block, block_kv_dkv=k_block, block_kv_dkv_compute=k_block,
         block_q_dq=q_block, block_kv_dq=k_block,
     )  # fmt: skip
-    with jax.ensure_compile_time_eval():
-        return sk.make_splash_mha(
-            sm.MultiHeadMask([mask] * heads),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
+    # Made anew in every program (jax remembers the slow part): its arrays belong to the mesh of
+    # the program that is traced, which may be of devices that are not here.
+    return sk.make_splash_mha(
+        sm.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
 
 
 def _heads_major(x: Array) -> Array:

@@ -112,7 +112,7 @@ class Attention(nn.Module):
         out = attend(q_head, k_head, v[:, :head], self.backend)
         if head == length:
             return self._merge(out)
-        memory = self.kv.init(x.shape[0], *k.shape[2:], k.dtype)
+        memory = self.kv.init(x.shape[0], k.shape[2], k.shape[3], k.dtype)
         queries = q_head if "queries" in self.kv.needs else None
         memory = self.kv.append(memory, k_head, v[:, :head], 0, queries=queries)
         seen = jnp.full((x.shape[0],), head, jnp.int32)
@@ -158,11 +158,11 @@ class Attention(nn.Module):
         full = chunks - 1 if pad else chunks
         outs = []
         if full:
-            merged = [
+            q_all, k_all, v_all = (
                 constrain(y[:, :full].reshape(-1, *y.shape[2:]), HEADS_SPEC)
                 for y in (q, caches.k, caches.v)
-            ]
-            out = attend(*merged, self.backend)
+            )
+            out = attend(q_all, k_all, v_all, self.backend)
             outs.append(out.reshape(batch, full * size, *q.shape[3:]))
         if pad:
             left = size - pad

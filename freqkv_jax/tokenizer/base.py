@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from freqkv_jax.files import write_text
 from freqkv_jax.tokenizer import chat
 from freqkv_jax.tokenizer.pieces import Stream, text_decoder
 
@@ -162,7 +163,7 @@ class Tokenizer:
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
         template = place / "chat_template.jinja"
-        _write(place / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_text(place / "tokenizer.json", self.backend.to_str(pretty=True))
         special = {name: self._as_config(text) for name, text in self.special_tokens.items()}
         _write_json(place / "special_tokens_map.json", special)
         config: dict[str, Any] = {
@@ -179,7 +180,7 @@ class Tokenizer:
         _write_json(place / "tokenizer_config.json", config)
         # transformers prefers this file to the config's entry: an old one must not stay.
         if self.chat_template is not None:
-            _write(template, self.chat_template)
+            write_text(template, self.chat_template)
         else:
             template.unlink(missing_ok=True)
 
@@ -215,17 +216,7 @@ class _Checked:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        # newline: a template's line ends are part of it on every system.
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def add_start_and_end(backend: Any, begin: str | None, end: str | None) -> None:

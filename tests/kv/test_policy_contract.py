@@ -18,7 +18,14 @@ from freqkv_jax.kv.state import empty_state
 from freqkv_jax.model.llama import Llama, maps
 from tests.kv.novelty_fixture import AttendedPolicy, NoveltyPolicy
 from tests.tiny import random_params, random_tokens, tiny_config
-from tests.tolerances import BF16_REL_L2, COMPRESS, LOGITS, assert_close, rel_l2
+from tests.tolerances import (
+    BF16_PRIMITIVE_REL_L2,
+    BF16_REL_L2,
+    COMPRESS,
+    LOGITS,
+    assert_close,
+    rel_l2,
+)
 
 CONFIG = tiny_config(6, 2, num_layers=1)  # the layers are alike: one is quicker to compile
 LENGTH = 51
@@ -28,7 +35,6 @@ OTHERS = [
     FreqKVConfig(17, 2, method="fft"),
     FreqKVConfig(13, 3, 0, 0.0),
     NoveltyPolicy(24, 2, 4, 7),
-    NoveltyPolicy(21, 0, 0, 11, bands=1, by_value=0),
     AttendedPolicy(20, 2, 3, 6),
 ]
 ALL = REGISTERED + OTHERS
@@ -139,9 +145,9 @@ def test_whole_chunks_behind_a_full_cache_are_the_parallel_form(kv):
     assert_close(logits, want[:, :size], LOGITS)
     assert state.fill.tolist() == [size] * 3
     before = state
-    # Row 0 takes all that is left, row 1 a chunk and a token (or less), row 2 nothing.
+    # Row 0 takes all that is left, row 1 one chunk (or less), row 2 nothing.
     rest = LENGTH - size
-    counts = np.array([rest, min(chunk + 1, rest - 1), 0], np.int32)
+    counts = np.array([rest, min(chunk, rest - 1), 0], np.int32)
     padded = np.zeros((3, -(-rest // chunk) * chunk), np.int32)
     padded[:, :rest] = tokens[:, size:]
     logits, state = this._block(this.variables, padded, state, counts)
@@ -209,10 +215,12 @@ def layer_inputs(kv, chunks=3, dtype="float32"):
 
 
 @every(BOUNDED)
-@pytest.mark.parametrize("ragged", [False, True], ids=["all", "ragged"])
-def test_chunk_caches_are_make_room_and_append_in_turn(kv, ragged):
+@pytest.mark.parametrize("more", [None, 0, 1], ids=["all", "whole-chunks", "a-token-more"])
+def test_chunk_caches_are_make_room_and_append_in_turn(kv, more):
     memory, k, v, seen, queries = layer_inputs(kv)
-    counts = jnp.array([3 * kv.chunk, kv.chunk + 1, 0], jnp.int32) if ragged else None
+    counts = None
+    if more is not None:
+        counts = jnp.array([2 * kv.chunk + more, kv.chunk - more, 0], jnp.int32)
     rest = (counts, driver(kv).model.rope, driver(kv).variables["maps"]["kv"], seen, queries)
     got = kv.chunk_caches(memory, k, v, *rest)
     want = KVPolicy.chunk_caches(kv, memory, k, v, *rest)
@@ -230,14 +238,13 @@ def test_chunk_caches_are_make_room_and_append_in_turn(kv, ragged):
 
 @every(BOUNDED)
 def test_jit_equals_eager(kv):
-    memory, k, v, seen, queries = layer_inputs(kv)
+    memory, k, v, _, queries = layer_inputs(kv)
     rope, arrays = driver(kv).model.rope, driver(kv).variables["maps"]["kv"]
 
     def functions(memory, k, v, queries):
         room = kv.make_room(memory, rope, arrays)
         first = None if queries is None else queries[:, 0]
-        more = kv.append(room, k[:, 0], v[:, 0], kv.prefix, None, first)
-        return room, more, kv.chunk_caches(memory, k, v, None, rope, arrays, seen, queries)
+        return room, kv.append(room, k[:, 0], v[:, 0], kv.prefix, None, first)
 
     eager = functions(memory, k, v, queries)
     jitted = jax.jit(functions)(memory, k, v, queries)
@@ -258,8 +265,10 @@ def test_making_room_keeps_the_sinks_and_the_shape(kv, dtype):
     (k_old, v_old), (k, v) = kv.view(memory), kv.view(room)
     sinks = kv.sink_size
     np.testing.assert_array_equal(v[:, :, :sinks], v_old[:, :, :sinks])
-    if dtype == "float32":
-        assert_close(k[:, :, :sinks], k_old[:, :, :sinks], COMPRESS)  # turned back and forth
+    if kv.name == "novelty":  # it turns them back and forth
+        assert rel_l2(k[:, :, :sinks], k_old[:, :, :sinks]) <= BF16_PRIMITIVE_REL_L2
+    else:
+        np.testing.assert_array_equal(k[:, :, :sinks], k_old[:, :, :sinks])
     assert not np.allclose(v[:, :, sinks : kv.prefix], v_old[:, :, sinks : kv.prefix]) or (
         kv.prefix == sinks
     )
@@ -280,7 +289,7 @@ def test_gradients_reach_the_first_tokens_through_every_round(kv):
     assert np.abs(grad[0]).max() > 1e-4, "the first token has no gradient"
 
 
-@every([OTHERS[2], OTHERS[4]])
+@every([OTHERS[-1]])
 def test_choosing_policies_through_the_public_functions(kv):
     tokens, want = whole(kv)
     this, lengths = driver(kv), [LENGTH, kv.capacity + 1, 5]
@@ -290,11 +299,15 @@ def test_choosing_policies_through_the_public_functions(kv):
         assert_close(logits[row], want[row, length - 1], LOGITS)
     assert state.fill.tolist() == [kv.fill_after(length) for length in lengths]
     picked, last, state = fk.decode(this.model, params, state, logits, 2 * kv.chunk)
+    # One batch of texts, padded behind their ends, which causal logits do not see.
+    text = np.zeros((3, LENGTH + 2 * kv.chunk), np.int32)
     for row, length in enumerate(lengths):
-        text = np.concatenate([tokens[row, :length], picked[row]])[None]
-        whole_logits = this.parallel(text)[0]
-        assert_close(last[row], whole_logits[-1], LOGITS)
-        assert picked[row].tolist() == whole_logits[length - 1 : -1].argmax(-1).tolist()
+        text[row, : length + 2 * kv.chunk] = [*tokens[row, :length], *np.asarray(picked[row])]
+    whole_logits = this.parallel(text)
+    for row, length in enumerate(lengths):
+        end = length + 2 * kv.chunk
+        assert_close(last[row], whole_logits[row, end - 1], LOGITS)
+        assert picked[row].tolist() == whole_logits[row, length - 1 : end - 1].argmax(-1).tolist()
 
 
 @every(REGISTERED)

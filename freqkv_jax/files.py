@@ -1,0 +1,30 @@
+"""Writing files that appear whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
+    """Lets `write` fill a temporary file beside `path`, then puts it in place.
+
+    Whatever goes wrong, `path` stays what it was and nothing is left beside it. Raises OSError.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        write(name)
+        os.chmod(name, 0o644)  # mkstemp gives 0600
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text so, line ends as they are."""
+    write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8", newline=""))

@@ -1,0 +1,120 @@
+"""What only an NVIDIA GPU can show: cuDNN attention, float32 that is float32, bfloat16 models.
+
+Run with `make test-gpu`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import freqkv_jax as fk
+from freqkv_jax.model.attention import attend
+from tests import oracle
+from tests.tiny import random_params, random_tokens, tiny_config
+from tests.tolerances import BF16_REL_L2, LOGITS, assert_close, rel_l2
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU: run make test-gpu on a machine that has one")
+
+
+def qkv(batch, queries, keys, heads, kv_heads, dim):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return (
+        normal(batch, queries, heads, dim),
+        normal(batch, keys, kv_heads, dim),
+        normal(batch, keys, kv_heads, dim),
+        normal(batch, queries, heads, dim),
+    )
+
+
+SHAPES = [
+    (2, 256, 256, 4, 4, 64),
+    (3, 100, 256, 8, 2, 128),
+    (2, 1022, 2048, 9, 3, 64),
+    (1, 2046, 4096, 32, 8, 128),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cudnn_is_the_naive_form(shape):
+    q, k, v, w = qkv(*shape)
+
+    def loss(backend):
+        return lambda q, k, v: (attend(q, k, v, backend).astype(jnp.float32) * w).sum()
+
+    narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    want = attend(q, k, v, "naive")
+    got = attend(*narrow, "cudnn")
+    assert got.dtype == jnp.bfloat16
+    assert rel_l2(got.astype(jnp.float32), want) < 0.01
+    grads = jax.grad(loss("naive"), (0, 1, 2))(q, k, v)
+    for a, b in zip(jax.grad(loss("cudnn"), (0, 1, 2))(*narrow), grads, strict=True):
+        assert rel_l2(a.astype(jnp.float32), b) < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_auto_takes_cudnn_for_narrow_floats_only(dtype):
+    q, k, v, _ = (x.astype(dtype) for x in qkv(*SHAPES[1]))
+    text = jax.jit(attend).lower(q, k, v).compile().as_text()
+    assert ("cudnn" in text and "fmha" in text.lower()) == (dtype == "bfloat16")
+    want = attend(*(x.astype(jnp.float32) for x in (q, k, v)), "naive")
+    got = jax.jit(attend)(q, k, v).astype(jnp.float32)
+    assert rel_l2(got, want) < (0.01 if dtype == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("kv", [fk.FreqKVConfig(17, 3, 2), fk.SinkWindowConfig(16, 4)], ids=str)
+def test_float32_is_float32_in_both_forms(kv):
+    config = tiny_config(6, 2)
+    model, params, tokens = (
+        fk.Llama(config, kv),
+        random_params(config),
+        random_tokens(config, 2, 60),
+    )
+    want = oracle.logits(config, params, oracle.from_policy(kv), tokens)
+    got = jax.jit(model.apply)({"params": params, "maps": fk.maps(model)}, tokens)
+    assert_close(got, want, LOGITS)
+    logits, state = fk.prefill(model, params, tokens[:, :40], [40, 23])
+    assert_close(logits, np.stack([want[0, 39], want[1, 22]]), LOGITS)
+    new, _, _ = fk.decode(model, params, state, logits, 30)
+    for row, length in enumerate([40, 23]):
+        reader = oracle.Oracle(config, params, oracle.from_policy(kv))
+        scores = reader.read(tokens[row, :length])[-1]
+        for token in new[row].tolist():
+            assert token == int(np.argmax(scores))
+            scores = reader.step(token)
+
+
+def test_bfloat16_model():
+    config = tiny_config(8, 2, head_dim=64, hidden_size=512, intermediate_size=512)
+    kv = fk.FreqKVConfig(128, 4)
+    params, tokens = random_params(config), random_tokens(config, 2, 500)
+    wide = jax.jit(fk.Llama(config, kv).apply)({"params": params}, tokens)
+    model = fk.Llama(config, kv, "bfloat16")
+    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    got = jax.jit(model.apply)({"params": narrow}, tokens)
+    assert got.dtype == jnp.float32
+    assert rel_l2(got, wide) < BF16_REL_L2
+    logits, state = fk.prefill(model, narrow, tokens)
+    assert rel_l2(logits, wide[:, -1]) < BF16_REL_L2
+    _, after, _ = fk.decode(model, narrow, state, logits, 200)
+    assert bool(jnp.isfinite(after).all())
+
+
+def test_the_real_model_in_bfloat16(smollm2_gguf):
+    kv = fk.FreqKVConfig(512)
+    tokens = np.asarray(fk.load_tokenizer(smollm2_gguf).encode("The sea was calm. " * 600))[None]
+    model, params = fk.load_pretrained(smollm2_gguf, kv=kv, dtype="float32")
+    want = fk.score(model, params, tokens)
+    model, params = fk.load_pretrained(smollm2_gguf, kv=kv, dtype="bfloat16")
+    got = fk.score(model, params, tokens)
+    assert abs(float(got.mean() - want.mean())) < 0.02 * abs(float(want.mean())) + 0.01
