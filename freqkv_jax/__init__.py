@@ -4,7 +4,8 @@ from freqkv_jax.config import LlamaConfig
 from freqkv_jax.decode import decode, decode_scan, prefill
 from freqkv_jax.generate import generate
 from freqkv_jax.kv import FreqKVConfig, FullConfig, KVState, SinkWindowConfig
-from freqkv_jax.model.llama import Llama, init_params, maps
+from freqkv_jax.model.llama import Llama, maps
+from freqkv_jax.model.params import init_params
 from freqkv_jax.score import score
 from freqkv_jax.sharding import make_mesh
 from freqkv_jax.spectral import compress

@@ -22,8 +22,9 @@ from freqkv_jax.compile_check import (
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv.policy import KVPolicy
 from freqkv_jax.kv.state import KVState
-from freqkv_jax.model.llama import Llama, abstract_params, abstract_state
+from freqkv_jax.model.llama import Llama
 from freqkv_jax.model.llama import maps as model_maps
+from freqkv_jax.model.params import abstract_params, abstract_state
 from freqkv_jax.sampling import Draw, Sampling
 from freqkv_jax.sharding import (
     BATCH_AXES,

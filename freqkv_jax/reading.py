@@ -55,13 +55,15 @@ def plan(
         due = np.zeros_like(full)
         chunks = 0
         if not ((left > 0) & (room > 0)).any():
-            chunks = min(block_len, int(left.max())) // kv.chunk
-            if not chunks:
+            total, most = int(left.max()) // kv.chunk, block_len // kv.chunk
+            if total and most:
+                # Blocks of two sizes, hence two programs, at most.
+                chunks = -(-total // -(-total // most))
+            else:
                 due = full
                 fill = np.where(due, kv.prefix, fill)
                 room = size - fill if size is not None else room
         if chunks:
-            chunks = 1 << (chunks.bit_length() - 1)
             length = chunks * kv.chunk
             counts = np.minimum(left, length) * full
             rounds = -(-counts // kv.chunk)

@@ -19,6 +19,7 @@ LAYERS = {
     "L1": ["kv.policy", "kv.state", "kv.linear", "kv.*", "kv"],
     "L2": [
         "model.attention",
+        "model.llama",
         "model.*",
         "model",
         "sources",

@@ -53,12 +53,20 @@ def test_long_texts_are_read_in_chunks_of_few_lengths():
     _, steps = replay(FreqKVConfig(64, 4), [0], [64 + 30 * 21 + 7], 256)
     assert [(s.kind, s.length) for s in steps] == [
         ("fresh", 64),
-        ("chunks", 240),
-        ("chunks", 240),
-        ("chunks", 120),
-        ("chunks", 30),
+        ("chunks", 210),
+        ("chunks", 210),
+        ("chunks", 210),
         ("more", 16),
     ]
+
+
+@pytest.mark.parametrize("chunks", [1, 8, 9, 14, 57, 62, 977])
+def test_blocks_have_two_sizes_at_most(chunks):
+    kv = FreqKVConfig(64, 4)
+    _, steps = replay(kv, [64], [30 * chunks], 8 * 30)
+    sizes = [step.length // 30 for step in steps]
+    assert sum(sizes) == chunks and max(sizes) <= 8 and len(set(sizes)) <= 2
+    assert len(sizes) == -(-chunks // 8)
 
 
 def test_a_short_turn_behind_a_full_cache_reads_no_padding_of_a_whole_chunk():

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import KVPolicy, KVState
 from freqkv_jax.kv.policy import Maps, Memory
-from freqkv_jax.kv.state import empty_state
 from freqkv_jax.model.attention import attend, attend_cache, check_backend
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import BATCH_AXES, P, constrain
@@ -361,23 +360,3 @@ def check_model_options(dtype: str, attention: str) -> None:
 def maps(model: Llama) -> dict[str, Maps]:
     """The constant collection "maps" of a model: the policy's arrays, float32."""
     return {"kv": {name: jnp.asarray(array) for name, array in model.kv.constants().items()}}
-
-
-def abstract_params(config: LlamaConfig, dtype: str) -> Any:
-    """The parameter tree as shapes: nothing is computed or allocated."""
-    from freqkv_jax.kv import FullConfig
-
-    model = Llama(config, FullConfig(), dtype)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-
-
-def init_params(model: Llama, seed: int = 0) -> Any:
-    """Random parameters, in the model's dtype."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
-
-
-def abstract_state(model: Llama, batch: int, slots: int | None = None) -> KVState:
-    """The shapes of a state of `batch` rows."""
-    return jax.eval_shape(lambda: empty_state(model.config, model.kv, batch, model.dtype, slots))

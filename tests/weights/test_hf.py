@@ -15,7 +15,8 @@ from transformers import LlamaConfig as TorchConfig
 from transformers import LlamaForCausalLM
 
 from freqkv_jax.kv import FreqKVConfig, FullConfig, SinkWindowConfig, policy_to_dict
-from freqkv_jax.model.llama import Llama, abstract_params
+from freqkv_jax.model.llama import Llama
+from freqkv_jax.model.params import abstract_params
 from freqkv_jax.sharding import make_mesh, param_shardings
 from freqkv_jax.weights import load_pretrained, memory, read_config
 from freqkv_jax.weights.table import nest, targets
