@@ -241,7 +241,7 @@ def table(record: dict[str, Any]) -> Any:
     for length in lengths:
         shown.add_column(f"T = {short(int(length))}", justify="right")
     shown.add_column(f"KV cache at {short(int(lengths[-1]))}", justify="right")
-    shown.add_column("compressions", justify="right")
+    shown.add_column("rounds", justify="right")
     for name, row in record["policies"].items():
         cells = [f"{row['perplexity'][length]:.2f}" for length in lengths]
         size = f"{row['kv_bytes'][lengths[-1]] / MIB:,.0f} MiB"
