@@ -177,10 +177,11 @@ def decode_step(
     """
     tokens = pick(logits, state.seen, rule, draw)
     if eos is None:
-        hidden, state = _apply(
-            model, variables, tokens[:, None], state, None, fill, method="extend"
-        )
-        return tokens, _apply(model, variables, hidden[:, 0], method="logits"), state
+        new = tokens[:, None]
+        hidden, state = _apply(model, variables, new, state, None, fill, method="extend")
+        # Nothing ends here, so that a row which an earlier call froze goes on.
+        state = dataclasses.replace(state, end_token=jnp.full_like(state.end_token, -1))
+        return tokens, head(model, variables, hidden[:, 0]), state
     running = ~state.ended
     tokens = jnp.where(running, tokens, state.end_token)
     counts = running.astype(jnp.int32)

@@ -149,6 +149,7 @@ def test_a_row_freezes_at_an_end_token(ragged):
     model, params, tokens, _ = setup(rows=3)
     lengths = [9, 14, 12] if ragged else [9, 9, 9]
     logits, state = fk.prefill(model, params, tokens[:, :14], lengths)
+    first = logits
     free, _, _ = fk.decode(model, params, state, logits, 30)
     eos = [int(free[0, 3]), int(free[1, 9])]
     stops = [next((t for t in range(30) if free[row, t] in eos), None) for row in range(3)]
@@ -169,6 +170,13 @@ def test_a_row_freezes_at_an_end_token(ragged):
     b, logits, state2 = fk.decode(model, params, state2, logits, 20, eos_id=eos)
     assert np.concatenate([a, b], axis=1).tolist() == new.tolist()
     same_state(state, state2)
+    # Without end tokens a frozen row goes on as if it had never stopped.
+    if not ragged:
+        _, kept = fk.prefill(model, params, tokens[:, :14], lengths)
+        _, mid, kept = fk.decode(model, params, kept, first, 4, eos_id=eos[:1])
+        assert kept.ended.tolist() == [True, False, False]
+        on, _, kept = fk.decode(model, params, kept, mid, 5)
+        assert on[0].tolist() == free[0, 4:9].tolist() and not kept.ended.any()
     # A new turn wakes a frozen row.
     turn = tokens[:, 20:26]
     logits, state = fk.prefill(model, params, turn, state=state)
