@@ -57,8 +57,7 @@ def plan(
         if not ((left > 0) & (room > 0)).any():
             total, most = int(left.max()) // kv.chunk, block_len // kv.chunk
             if total and most:
-                # Blocks of two sizes, hence two programs, at most.
-                chunks = -(-total // -(-total // most))
+                chunks = min(total, most)  # and in the end what is left: two programs at most
             else:
                 due = full
                 fill = np.where(due, kv.prefix, fill)

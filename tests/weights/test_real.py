@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from freqkv_jax.kv import FullConfig
+from freqkv_jax.generate import generate
+from freqkv_jax.kv import FreqKVConfig, FullConfig
 from freqkv_jax.tokenizer import load_tokenizer
 from freqkv_jax.weights import load_pretrained, save_pretrained
 from tests.tolerances import REAL_REL_L2, rel_l2
@@ -54,8 +55,8 @@ def check_logits(loaded, theirs, tokens) -> None:
     np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
 
 
-def check_greedy(loaded, theirs, prompt, count: int) -> None:
-    """transformers' greedy continuation is ours: the likeliest token behind each prefix."""
+def greedy(theirs, prompt, count: int) -> list[int]:
+    """transformers' greedy continuation."""
     with torch.no_grad():
         out = theirs.generate(
             torch.tensor([prompt]),
@@ -66,11 +67,8 @@ def check_greedy(loaded, theirs, prompt, count: int) -> None:
             eos_token_id=None,
             pad_token_id=0,
         )[0].tolist()
-    assert out[: len(prompt)] == prompt
-    assert len(out) == len(prompt) + count
-    # Greedy choices agree one by one if and only if each is the likeliest behind those before it.
-    ours = logits_of(loaded, out).argmax(-1)[len(prompt) - 1 : -1].tolist()
-    assert ours == out[len(prompt) :]
+    assert out[: len(prompt)] == prompt and len(out) == len(prompt) + count
+    return out[len(prompt) :]
 
 
 def test_config(loaded):
@@ -86,7 +84,9 @@ def test_exported_logits(loaded, theirs, ids):
 
 
 def test_exported_greedy(loaded, theirs, ids):
-    check_greedy(loaded, theirs, ids[:40], 12)
+    new = greedy(theirs, ids[:40], 12)
+    # Greedy choices agree one by one if and only if each is the likeliest behind those before it.
+    assert logits_of(loaded, ids[:40] + new).argmax(-1)[39:-1].tolist() == new
 
 
 @pytest.mark.slow
@@ -96,4 +96,8 @@ def test_exported_logits_long(loaded, theirs, ids):
 
 @pytest.mark.slow
 def test_exported_greedy_long(loaded, theirs, ids):
-    check_greedy(loaded, theirs, ids[:300], 200)
+    assert generate(*loaded, [ids[:300]], 200) == [greedy(theirs, ids[:300], 200)]
+    # A cache that is never full changes nothing.
+    model, params = loaded
+    roomy = model.clone(kv=FreqKVConfig(512))
+    assert generate(roomy, params, [ids[:300]], 200) == generate(model, params, [ids[:300]], 200)
