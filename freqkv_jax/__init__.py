@@ -3,7 +3,13 @@
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.decode import decode, decode_scan, prefill
 from freqkv_jax.generate import generate
-from freqkv_jax.kv import FreqKVConfig, FullConfig, KVState, SinkWindowConfig
+from freqkv_jax.kv import (
+    FreqKVConfig,
+    FullConfig,
+    KVState,
+    SinkWindowConfig,
+    SpectralNoveltyConfig,
+)
 from freqkv_jax.model.llama import Llama, maps
 from freqkv_jax.model.params import init_params
 from freqkv_jax.score import score
@@ -20,6 +26,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "SinkWindowConfig",
+    "SpectralNoveltyConfig",
     "compress",
     "decode",
     "decode_scan",

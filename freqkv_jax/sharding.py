@@ -31,6 +31,17 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"norm/scale", P()),
     (r"lm_head/kernel", P("fsdp", "tensor")),
 )
+# Adapters follow the kernel beside which they lie: a [in, r], b [r, out]. The rank is never split.
+LORA_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"layers_\d+/(attention/(q|k|v)|mlp/(gate|up))/a", P("fsdp", None)),
+    (r"layers_\d+/(attention/(q|k|v)|mlp/(gate|up))/b", P(None, "tensor")),
+    (r"layers_\d+/(attention/o|mlp/down)/a", P("tensor", None)),
+    (r"layers_\d+/(attention/o|mlp/down)/b", P(None, "fsdp")),
+)
+# What is trained: {"lora": ..., "params": ...}.
+TRAINABLE_RULES = tuple((f"lora/{pattern}", spec) for pattern, spec in LORA_RULES) + tuple(
+    (f"params/{pattern}", spec) for pattern, spec in RULES
+)
 # A tied model has no lm_head, so this rule may go unused.
 OPTIONAL_RULES = (r"lm_head/kernel",)
 
@@ -129,6 +140,16 @@ def param_specs(params: Any) -> Any:
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every parameter (arrays or ShapeDtypeStructs) on `mesh`."""
     return _named(param_specs(params), mesh)
+
+
+def lora_shardings(lora: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every leaf of an adapter tree, by LORA_RULES."""
+    return _named(match_specs(lora, LORA_RULES), mesh)
+
+
+def trainable_shardings(trainable: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every trained weight, by TRAINABLE_RULES."""
+    return _named(match_specs(trainable, TRAINABLE_RULES), mesh)
 
 
 def unused_rules(params: Any) -> list[str]:

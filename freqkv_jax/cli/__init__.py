@@ -16,7 +16,11 @@ COMMANDS = {
     "eval": "measure a model: perplexity of long text",
     "info": "print what a model is and what its cache will cost",
     "convert": "write any readable model as a Hugging Face directory",
+    "train": "fine-tune a model as a config says",
+    "tokenize": "turn text into token files for training",
+    "plan": "reckon what a training config takes of each device's memory",
     "compile": "compile for a TPU, without one, and print memory and collectives",
+    "bench": "time a model on this device, beside what the device could do",
 }
 
 DESCRIPTION = """\
@@ -27,6 +31,7 @@ first steps:
   freqkv info MODEL
   freqkv generate --model MODEL --prompt "Once upon a time"
   freqkv eval perplexity --model MODEL --data book.txt --seq-len 8192
+  freqkv train --config tiny
 
 MODEL is a Hugging Face directory, a hub id or a .gguf file."""
 

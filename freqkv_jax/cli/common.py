@@ -14,8 +14,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype and --mesh."""
+    """--model, --adapter, --dtype and --mesh."""
     parser.add_argument("--model", required=True, metavar="PATH", help=MODEL_HELP)
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="PEFT adapter directory (LoRA) to merge into the model"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere"
     )
@@ -33,7 +36,8 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "cache policy",
         "Without any of these flags the policy that the model remembers is used, else freqkv with"
-        " the defaults below; with any of them, what they and the defaults say.",
+        " its defaults; with any of them, what they and the policy's own defaults say. A policy"
+        " takes the flags that it has use for.",
     )
     group.add_argument("--policy", choices=list(POLICIES), help="default: freqkv")
     group.add_argument("--cache-size", type=int, metavar="N", help="slots (default: 4096)")
@@ -41,33 +45,64 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "--sink-size", type=int, metavar="S", help="first tokens kept as they are (default: 4)"
     )
     group.add_argument(
-        "--recent-size", type=int, metavar="R", help="last tokens kept as they are (default: 0)"
+        "--recent-size",
+        type=int,
+        metavar="R",
+        help="last tokens kept as they are (default: 0; half of the cache if entries are chosen)",
     )
     group.add_argument(
-        "--retain-ratio", type=float, metavar="G", help="share of the rest kept (default: 0.5)"
+        "--retain-ratio",
+        type=float,
+        metavar="G",
+        help="share of the rest kept (freqkv, sink_window; default: 0.5)",
     )
     group.add_argument(
-        "--compress-method", choices=("matmul", "fft"), help="how to filter (default: matmul)"
+        "--compress-method",
+        choices=("matmul", "fft"),
+        help="how to filter (freqkv; default: matmul)",
     )
+    group.add_argument(
+        "--chunk",
+        type=int,
+        metavar="Q",
+        help="entries freed in a round (novelty, knorm, random; default: an eighth of the cache)",
+    )
+    group.add_argument(
+        "--bands", type=int, metavar="B", help="frequencies of the low-pass (novelty; default: 16)"
+    )
+    group.add_argument(
+        "--value-share",
+        type=float,
+        metavar="V",
+        help="share of the chosen entries that the values choose (novelty; default: 1/3)",
+    )
+
+
+# Flag to field of a policy.
+_POLICY_FIELDS = {
+    "cache_size": "cache_size",
+    "sink_size": "sink_size",
+    "recent_size": "recent_size",
+    "retain_ratio": "retain_ratio",
+    "compress_method": "method",
+    "chunk": "chunk",
+    "bands": "bands",
+    "value_share": "value_share",
+}
 
 
 def policy_from_flags(args: argparse.Namespace) -> Any:
     """The policy that the flags ask for; None where none of them is given."""
     from freqkv_jax.kv.policy import policy_from_args
 
-    defaults = {
-        "cache_size": 4096,
-        "sink_size": 4,
-        "recent_size": 0,
-        "retain_ratio": 0.5,
-        "compress_method": "matmul",
+    given = {
+        field: value
+        for flag, field in _POLICY_FIELDS.items()
+        if (value := getattr(args, flag)) is not None
     }
-    given = {name: getattr(args, name) for name in defaults}
-    if args.policy is None and all(value is None for value in given.values()):
+    if args.policy is None and not given:
         return None
-    fields = {n: defaults[n] if given[n] is None else given[n] for n in defaults}
-    fields["method"] = fields.pop("compress_method")
-    return policy_from_args(args.policy or "freqkv", **fields)
+    return policy_from_args(args.policy or "freqkv", **given)
 
 
 def default_dtype() -> str:
@@ -104,8 +139,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
         mesh = make_mesh(**axes)
     dtype = args.dtype or default_dtype()
-    note(f"loading {args.model} ({dtype})")
-    return fk.load_pretrained(args.model, kv=kv, dtype=dtype, mesh=mesh)
+    with_adapter = f" with {args.adapter}" if args.adapter else ""
+    note(f"loading {args.model}{with_adapter} ({dtype})")
+    return fk.load_pretrained(args.model, kv=kv, dtype=dtype, mesh=mesh, adapter=args.adapter)
 
 
 def describe_policy(kv: Any) -> str:

@@ -70,6 +70,7 @@ def _perplexity(args: argparse.Namespace) -> int:
         "protocol": perplexity.PROTOCOL,
         "config": {
             "model_path": args.model,
+            "adapter": args.adapter,
             "seq_len": args.seq_len,
             "stride": args.stride,
             "max_windows": args.max_windows,

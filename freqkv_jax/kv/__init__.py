@@ -2,6 +2,8 @@
 
 from freqkv_jax.kv.freqkv import FreqKVConfig
 from freqkv_jax.kv.full import FullConfig
+from freqkv_jax.kv.knorm import KeyNormConfig
+from freqkv_jax.kv.novelty import SpectralNoveltyConfig
 from freqkv_jax.kv.policy import (
     POLICIES,
     KVPolicy,
@@ -9,6 +11,7 @@ from freqkv_jax.kv.policy import (
     policy_from_dict,
     policy_to_dict,
 )
+from freqkv_jax.kv.random_keep import RandomConfig
 from freqkv_jax.kv.sink_window import SinkWindowConfig
 from freqkv_jax.kv.state import KVState
 
@@ -18,7 +21,10 @@ __all__ = [
     "FullConfig",
     "KVPolicy",
     "KVState",
+    "KeyNormConfig",
+    "RandomConfig",
     "SinkWindowConfig",
+    "SpectralNoveltyConfig",
     "policy_from_args",
     "policy_from_dict",
     "policy_to_dict",

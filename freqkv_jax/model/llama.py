@@ -16,10 +16,19 @@ from freqkv_jax.sharding import BATCH_AXES, P, constrain
 
 DTYPES = ("float32", "bfloat16", "float16")
 HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)  # [B, T, heads, D]
+# What the backward pass finds of a layer: all of it, its products with weights, or its input.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Linear(nn.Module):
-    """x @ kernel in the compute dtype, float32 kept exact on every platform."""
+    """x @ kernel in the compute dtype, float32 kept exact on every platform.
+
+    Where the collection "lora" has a and b for it, (x @ a) @ b is added (freqkv_jax.model.lora).
+    """
 
     features: int
     dtype: str
@@ -28,7 +37,11 @@ class Linear(nn.Module):
     def __call__(self, x: Array, out_dtype: Any = None) -> Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.dtype(self.dtype))
-        return matmul(x, kernel.astype(x.dtype), out_dtype)
+        y = matmul(x, kernel.astype(x.dtype), out_dtype)
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
+            y = y + matmul(matmul(x, a), b, out_dtype)
+        return y
 
 
 def matmul(x: Array, kernel: Array, out_dtype: Any = None) -> Array:
@@ -238,8 +251,10 @@ class Embed(nn.Module):
         init = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, shape, jnp.dtype(self.dtype))
 
-    def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.embedding, tokens, axis=0).astype(jnp.dtype(self.dtype))
+    def __call__(self, tokens: Array, gather: bool = False) -> Array:
+        # Many rows: one gather of the table over fsdp, else all devices look up all rows.
+        table = constrain(self.embedding, P("tensor", None)) if gather else self.embedding
+        return jnp.take(table, tokens, axis=0).astype(jnp.dtype(self.dtype))
 
     def logits(self, x: Array) -> Array:
         return matmul(x, self.embedding.astype(x.dtype).T, jnp.float32)
@@ -251,6 +266,7 @@ class Llama(nn.Module):
     Attributes:
       config: sizes. kv: cache policy. dtype: of activations ("float32", "bfloat16", "float16").
       attention: back end (freqkv_jax.model.attention.BACKENDS).
+      remat: what training recomputes, "none", "dots" (all but products with weights) or "full".
 
     `apply({"params": p, "maps": maps(model)}, tokens)` is the parallel form, int [B, T] to float32
     logits [B, T, V]; without "maps" the policy's arrays are built in place.
@@ -260,9 +276,12 @@ class Llama(nn.Module):
     kv: KVPolicy
     dtype: str = "float32"
     attention: str = "auto"
+    remat: str = "none"
 
     def setup(self) -> None:
         check_model_options(self.dtype, self.attention)
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is unknown; allowed: {', '.join(REMAT)}")
         self.embed = Embed(self.config, self.dtype)
         self.layers = [
             Block(self.config, self.kv, self.dtype, self.attention)
@@ -282,17 +301,23 @@ class Llama(nn.Module):
             return self.get_variable("maps", "kv")
         return {name: jnp.asarray(array) for name, array in self.kv.constants().items()}
 
-    def _embed(self, tokens: Array) -> Array:
-        return constrain(self.embed(tokens), P(BATCH_AXES, None, None))
+    def _embed(self, tokens: Array, gather: bool = False) -> Array:
+        return constrain(self.embed(tokens, gather), P(BATCH_AXES, None, None))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Final hidden states of the parallel form, from an empty cache."""
-        rope, maps, x = self.rope, self._maps(), self._embed(tokens)
+        rope, maps, x = self.rope, self._maps(), self._embed(tokens, gather=True)
+
+        def run(layer: Block, x: Array, maps: Maps) -> Array:
+            return layer(x, rope, maps)
+
+        if self.remat != "none":
+            run = nn.remat(run, policy=REMAT[self.remat])
         for layer in self.layers:
-            x = layer(x, rope, maps)
+            x = run(layer, x, maps)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*n E"]) -> Float[Array, "*n V"]:

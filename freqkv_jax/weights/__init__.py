@@ -10,9 +10,10 @@ from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import FreqKVConfig, KVPolicy
 from freqkv_jax.model.llama import Llama, check_model_options
 from freqkv_jax.weights.load import load_params, open_source
+from freqkv_jax.weights.peft import merge_adapter, save_adapter
 from freqkv_jax.weights.save import save_pretrained
 
-__all__ = ["load_pretrained", "read_config", "save_pretrained"]
+__all__ = ["load_pretrained", "read_config", "save_adapter", "save_pretrained"]
 
 
 def load_pretrained(
@@ -21,6 +22,7 @@ def load_pretrained(
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
     attention: str = "auto",
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Llama, Any]:
     """Loads a model.
 
@@ -31,12 +33,14 @@ def load_pretrained(
       dtype: of every weight and of activations.
       mesh: spreads the weights by `sharding.RULES`; each host reads only what it holds.
       attention: back end.
+      adapter: a PEFT adapter directory (LoRA), merged into the weights.
 
     Returns:
       The model and its parameters.
 
     Raises:
-      ValueError: what the path holds is damaged or not a model of this kind; a bad argument.
+      ValueError: what the path holds is damaged or not a model of this kind; a bad argument;
+        an adapter for another base.
       OSError: nothing is there, or the hub cannot be reached.
       MemoryError: the weights do not fit.
     """
@@ -45,7 +49,8 @@ def load_pretrained(
     policy = kv or source.policy or FreqKVConfig()
     params = load_params(source, dtype, mesh)
     _warn_beyond_window(source.config, policy)
-    return Llama(source.config, policy, dtype, attention), params
+    model = Llama(source.config, policy, dtype, attention)
+    return model, params if adapter is None else merge_adapter(adapter, model, params)
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[LlamaConfig, KVPolicy | None]:

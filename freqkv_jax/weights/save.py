@@ -131,7 +131,7 @@ def _write_weights(
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for target, array in shard:
-            whole = _gather(array)
+            whole = gather(array)
             done += 1
             if stage is not None:
                 stored = whole.T if target.transposed else whole
@@ -148,7 +148,8 @@ def _write_weights(
         _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
-def _gather(array: Any) -> np.ndarray:
+def gather(array: Any) -> np.ndarray:
+    """The whole of an array that may lie on several hosts, all of which must call this."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         from jax.experimental import multihost_utils
 

@@ -12,14 +12,17 @@ from freqkv_jax.kv import (
     POLICIES,
     FreqKVConfig,
     FullConfig,
+    KeyNormConfig,
+    RandomConfig,
     SinkWindowConfig,
+    SpectralNoveltyConfig,
     policy_from_args,
     policy_from_dict,
     policy_to_dict,
 )
 from freqkv_jax.kv.policy import write_slots
 from freqkv_jax.kv.state import empty_state
-from tests.kv.novelty_fixture import NoveltyPolicy
+from tests.kv.attended_fixture import AttendedPolicy
 from tests.tiny import tiny_config
 
 
@@ -27,6 +30,9 @@ def test_the_registry():
     assert {
         "freqkv": FreqKVConfig,
         "full": FullConfig,
+        "knorm": KeyNormConfig,
+        "novelty": SpectralNoveltyConfig,
+        "random": RandomConfig,
         "sink_window": SinkWindowConfig,
     } == POLICIES
     for name, cls in POLICIES.items():
@@ -142,9 +148,9 @@ def test_policies_as_plain_data(kv):
 
 
 def test_a_new_policy_needs_one_registry_entry(monkeypatch):
-    monkeypatch.setitem(POLICIES, NoveltyPolicy.name, NoveltyPolicy)
-    kv = policy_from_args("novelty", cache_size=32, kept=5, retain_ratio=0.5, bands=2)
-    assert kv == NoveltyPolicy(32, kept=5, bands=2)
+    monkeypatch.setitem(POLICIES, AttendedPolicy.name, AttendedPolicy)
+    kv = policy_from_args("attended", cache_size=32, chunk=5, retain_ratio=0.5, bands=2)
+    assert kv == AttendedPolicy(32, chunk=5)
     assert policy_from_dict(policy_to_dict(kv)) == kv
 
 
@@ -160,7 +166,7 @@ def test_from_args_takes_what_it_knows():
 def test_messages_of_the_registry():
     with pytest.raises(ValueError, match="no policy is named 'freqv'.*did you mean 'freqkv'"):
         policy_from_args("freqv")
-    with pytest.raises(ValueError, match="no policy is named None; allowed: freqkv, full, sink_w"):
+    with pytest.raises(ValueError, match="no policy is named None; allowed: freqkv, full, knorm"):
         policy_from_dict({"cache_size": 3})
     with pytest.raises(ValueError, match="has no field 'cachesize'; allowed: .*'cache_size'"):
         policy_from_dict({"policy": "freqkv", "cachesize": 3})

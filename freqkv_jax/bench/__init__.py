@@ -1,0 +1,1 @@
+"""Measuring speed: what `freqkv bench` runs, with the device's own limits measured beside it."""

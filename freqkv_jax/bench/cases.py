@@ -1,0 +1,264 @@
+"""What is measured: each case names its work, counts it, and builds its program when it is due."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from freqkv_jax import programs
+from freqkv_jax.bench import amounts
+from freqkv_jax.bench.amounts import Amount
+from freqkv_jax.bench.timing import Program
+from freqkv_jax.decode import prefill as read_texts
+from freqkv_jax.kv import FreqKVConfig, FullConfig, KVState
+from freqkv_jax.kv.policy import KVPolicy
+from freqkv_jax.kv.state import empty_state
+from freqkv_jax.model.attention import attend
+from freqkv_jax.model.llama import Llama
+from freqkv_jax.reading import placed_maps
+from freqkv_jax.sampling import Draw, Sampling
+
+WORKS = ("forward", "prefill", "decode", "compress", "attention")
+CHUNKS = (2, 14, 62)  # behind the cache's first filling, where no lengths are given
+FULL_STEPS = 256  # that a full cache decodes; it has no rounds to average over
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+      length: tokens of a row's text; in decode the entries that an unbounded cache holds in the
+        end, 0 for a bounded one (its time is the same at any length).
+      tokens: read or written by a call, over all rows. steps: of decode, else 1.
+      build: the program, or for a driver on the host a function of the call's index; its arrays
+        are made when it is called.
+    """
+
+    work: str
+    model: Llama
+    batch: int
+    length: int
+    tokens: int
+    steps: int
+    amount: Amount
+    build: Callable[[Any], Program | Callable[[int], Any]]
+
+    @property
+    def name(self) -> str:
+        """What --only is matched against: work/policy/length."""
+        return f"{self.work}/{self.model.kv.name}/{self.length or 'any'}"
+
+
+def default_lengths(kv: KVPolicy) -> tuple[int, ...]:
+    """N+2Q, N+14Q and N+62Q of the policy, of FreqKV's defaults where it has no N."""
+    if kv.capacity is None:
+        kv = FreqKVConfig()
+    assert kv.capacity is not None
+    return tuple(kv.capacity + count * kv.chunk for count in CHUNKS)
+
+
+def make_cases(
+    works: Sequence[str], model: Llama, lengths: Sequence[int], batch: int
+) -> Iterator[Case]:
+    """The cases of `works`, short ones first; the full cache beside the model's own policy.
+
+    Raises:
+      ValueError: a length, batch or work that is none.
+    """
+    if batch < 1 or not lengths or min(lengths) < 2:
+        raise ValueError(f"need batch >= 1 and lengths >= 2, got {batch} and {list(lengths)}")
+    for work in works:
+        if work not in WORKS:
+            raise ValueError(f"no work is named {work!r}; allowed: {', '.join(WORKS)}")
+    models = [model]
+    if model.kv.capacity is not None:
+        models.append(model.clone(kv=FullConfig()))
+    return _cases(works, models, sorted(set(lengths)), batch)
+
+
+def _cases(
+    works: Sequence[str], models: Sequence[Llama], lengths: Sequence[int], batch: int
+) -> Iterator[Case]:
+    for work in works:
+        bounded = False
+        for length in lengths:
+            for model in models:
+                capped = model.kv.capacity is not None
+                if work == "decode" and capped:
+                    if not bounded:
+                        yield _decode(model, batch, 0)
+                    bounded = True
+                elif work == "compress":
+                    # A full cache has none, and a text that fits the cache neither.
+                    if capped and model.kv.num_compressions(length):
+                        yield _compress(model, batch, length)
+                else:
+                    yield _MAKERS[work](model, batch, length)
+
+
+def random_tokens(model: Llama, batch: int, length: int, seed: int) -> Array:
+    """Token ids int32 [B, T], made on the device."""
+    return jax.random.randint(
+        jax.random.key(seed), (batch, length), 0, model.config.vocab_size, jnp.int32
+    )
+
+
+def _variables(model: Llama, params: Any) -> dict[str, Any]:
+    return {"params": params, "maps": placed_maps(model.kv, None)}
+
+
+def _forward(model: Llama, batch: int, length: int) -> Case:
+    def forward(variables: Any, tokens: Array) -> Array:
+        return model.apply(variables, tokens, method="hidden")  # pyright: ignore[reportReturnType]
+
+    def build(params: Any) -> Program:
+        def following(index: int, args: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
+            return args[0], random_tokens(model, batch, length, index)
+
+        first = (_variables(model, params), random_tokens(model, batch, length, 0))
+        return Program(forward, first, following)
+
+    amount = amounts.forward(model.config, model.kv, model.dtype, batch, length)
+    return Case("forward", model, batch, length, batch * length, 1, amount, build)
+
+
+def _prefill(model: Llama, batch: int, length: int) -> Case:
+    def build(params: Any) -> Callable[[int], Any]:
+        def prefill(index: int) -> Any:
+            rng = np.random.default_rng(index)
+            tokens = rng.integers(0, model.config.vocab_size, (batch, length), np.int32)
+            return read_texts(model, params, tokens)
+
+        return prefill
+
+    amount = amounts.prefill(model.config, model.kv, model.dtype, batch, length)
+    return Case("prefill", model, batch, length, batch * length, 1, amount, build)
+
+
+def _decode(model: Llama, batch: int, length: int) -> Case:
+    """A whole round behind a full cache, or the last steps that fit an unbounded one."""
+    kv = model.kv
+    capped = kv.capacity is not None
+    steps = kv.chunk if capped else min(FULL_STEPS, length // 2)
+    start = length - steps if kv.capacity is None else kv.capacity
+
+    def decode(variables: Any, state: KVState, logits: Array) -> Any:
+        if capped:
+            state = programs.make_room(model, variables, state)
+        rule, draw = Sampling(True, None, False), Draw(None, None, None)
+        return programs.decode_steps(
+            model, variables, state, logits, draw, None, rule, steps, uniform=True
+        )
+
+    def build(params: Any) -> Program:
+        def following(_: int, args: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
+            _, logits, state = out
+            return args[0], _with_fill(state, start), logits
+
+        shape = (batch, model.config.vocab_size)
+        logits = jax.random.normal(jax.random.key(1), shape)
+        state = _with_fill(random_state(model, batch, length), start)
+        return Program(decode, (_variables(model, params), state, logits), following, (1, 2))
+
+    amount = amounts.decode(model.config, kv, model.dtype, batch, steps, length)
+    return Case("decode", model, batch, length, batch * steps, steps, amount, build)
+
+
+def _with_fill(state: KVState, fill: int) -> KVState:
+    counters = [jnp.full((state.batch,), fill, jnp.int32) for _ in range(2)]
+    return dataclasses.replace(state, fill=counters[0], seen=counters[1])
+
+
+def random_state(model: Llama, batch: int, slots: int) -> KVState:
+    """A state whose memories hold random numbers; `slots` is for unbounded policies."""
+    size = slots if model.kv.capacity is None else None
+    state = empty_state(model.config, model.kv, batch, model.dtype, size)
+    return dataclasses.replace(state, layers=_randomised(state.layers, 7))
+
+
+def _randomised(tree: Any, seed: int) -> Any:
+    leaves, form = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    made = [
+        jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(form, made)
+
+
+def _normal(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.dtype(dtype))
+
+
+def _compress(model: Llama, batch: int, length: int) -> Case:
+    """The recurrence of one layer: all chunks' caches, as attention reads them."""
+    c, kv, dtype = model.config, model.kv, model.dtype
+    assert kv.capacity is not None
+    capacity, rounds = kv.capacity, kv.num_compressions(length)
+
+    def compress(maps: Any, memory: Any, k: Array, v: Array, seen: Array) -> Any:
+        return kv.chunk_caches(memory, k, v, None, model.rope, maps, seen)
+
+    def build(_: Any) -> Program:
+        shape = (batch, rounds, kv.chunk, c.num_kv_heads, c.head_dim)
+        memory = _randomised(kv.init(batch, c.num_kv_heads, c.head_dim, jnp.dtype(dtype)), 3)
+        seen = jnp.full((batch,), capacity, jnp.int32)
+        maps = placed_maps(kv, None)["kv"]
+        first = (maps, memory, _normal(shape, dtype, 1), _normal(shape, dtype, 2), seen)
+
+        def following(_: int, args: tuple[Any, ...], __: Any) -> tuple[Any, ...]:
+            maps, memory, k, v, seen = args
+            return maps, memory, v, k, seen
+
+        return Program(compress, first, following)
+
+    amount = amounts.compress(c, kv, dtype, batch, rounds)
+    tokens = rounds * kv.chunk
+    return Case("compress", model, batch, capacity + tokens, batch * tokens, 1, amount, build)
+
+
+def _attention(model: Llama, batch: int, length: int) -> Case:
+    """One layer's attention, its caches given: the first N tokens, then all chunks at once."""
+    c, kv, dtype = model.config, model.kv, model.dtype
+    rounds = kv.num_compressions(length)
+    if kv.capacity is not None and rounds:
+        length = kv.capacity + rounds * kv.chunk
+    head = length if kv.capacity is None else min(length, kv.capacity)
+    sizes = [(batch, head, head)]
+    if rounds:
+        sizes.append((batch * rounds, kv.chunk, head))
+
+    def attention(parts: Any) -> list[Array]:
+        return [attend(q, k, v, model.attention) for q, k, v in parts]
+
+    def inputs(seed: int) -> list[tuple[Array, ...]]:
+        parts = []
+        for index, (rows, queries, keys) in enumerate(sizes):
+            q, k, v = (
+                _normal((rows, number, heads, c.head_dim), dtype, 10 * seed + 3 * index + place)
+                for place, (number, heads) in enumerate(
+                    ((queries, c.num_heads), (keys, c.num_kv_heads), (keys, c.num_kv_heads))
+                )
+            )
+            parts.append((q, k, v))
+        return parts
+
+    def build(_: Any) -> Program:
+        return Program(attention, (inputs(0),), lambda index, *_: (inputs(index),))
+
+    amount = amounts.attention(c, kv, dtype, batch, length)
+    return Case("attention", model, batch, length, batch * length, 1, amount, build)
+
+
+_MAKERS = {
+    "forward": _forward,
+    "prefill": _prefill,
+    "decode": _decode,
+    "attention": _attention,
+}

@@ -1,0 +1,152 @@
+"""Timing that holds: compiling apart, every result waited for, inputs that change."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+MIN_REPEATS = 5
+
+
+class OverBudgetError(Exception):
+    """A measurement that would not end in the time that is left."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jittable function and how its arguments follow one another.
+
+    Attributes:
+      function: of arrays; it closes over none, so that nothing is folded while compiling.
+      first: the arguments of the first call.
+      donate: positions of arguments whose memory the results take over.
+      following: (repeat, arguments, result) to the next call's arguments; it runs outside the
+        timed part.
+    """
+
+    function: Callable[..., Any]
+    first: tuple[Any, ...]
+    following: Callable[[int, tuple[Any, ...], Any], tuple[Any, ...]]
+    donate: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of single calls, in seconds; compiling is not in them.
+
+    Attributes:
+      program_bytes: arguments, results and temporaries of the program; None where it is several.
+    """
+
+    seconds: tuple[float, ...]
+    compile_seconds: float
+    program_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        """The middle of the repeats."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Slowest less fastest, as a share of the median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+
+def check_repeats(repeats: int) -> None:
+    """ValueError for fewer repeats than a spread can be told from."""
+    if repeats < MIN_REPEATS:
+        raise ValueError(f"repeats must be at least {MIN_REPEATS}, got {repeats}")
+
+
+def measure(
+    program: Program,
+    repeats: int = MIN_REPEATS,
+    deadline: float | None = None,
+    trace: str | None = None,
+) -> Timing:
+    """Compiles, runs once to warm up, then times `repeats` calls.
+
+    Args:
+      deadline: `time.monotonic()` at which the repeats must be done.
+      trace: folder in which the profile of one more call is written.
+
+    Raises:
+      ValueError: too few repeats. OverBudgetError: judging by the first call.
+    """
+    check_repeats(repeats)
+    begin = time.perf_counter()
+    compiled = (
+        jax.jit(program.function, donate_argnums=program.donate).lower(*program.first).compile()
+    )
+    compile_seconds = time.perf_counter() - begin
+    args, out = program.first, None
+
+    def call(index: int) -> float:
+        nonlocal args, out
+        if index:
+            args = jax.block_until_ready(program.following(index, args, out))
+        out = None  # its memory may be needed for the next result
+        begin = time.perf_counter()
+        out = jax.block_until_ready(compiled(*args))
+        return time.perf_counter() - begin
+
+    jax.block_until_ready(args)
+    call(0)
+    seconds = [call(1)]
+    _check_budget(seconds[0], repeats - 1, deadline)
+    seconds += [call(index) for index in range(2, repeats + 1)]
+    if trace is not None:
+        with jax.profiler.trace(trace):
+            call(repeats + 1)
+    return Timing(tuple(seconds), compile_seconds, _program_bytes(compiled))
+
+
+def measure_host(
+    call: Callable[[int], Any],
+    repeats: int = MIN_REPEATS,
+    deadline: float | None = None,
+    trace: str | None = None,
+) -> Timing:
+    """Times `call(index)`, which drives programs of its own from the host.
+
+    Its compile time is what the first call took longer than the median. Arguments and errors are
+    those of `measure`; index counts calls from 0 and must change the input.
+    """
+    check_repeats(repeats)
+
+    def timed(index: int) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(call(index))
+        return time.perf_counter() - begin
+
+    first = timed(0)
+    seconds = [timed(1)]
+    _check_budget(seconds[0], repeats - 1, deadline)
+    seconds += [timed(index) for index in range(2, repeats + 1)]
+    if trace is not None:
+        with jax.profiler.trace(trace):
+            timed(repeats + 1)
+    return Timing(tuple(seconds), max(0.0, first - statistics.median(seconds)))
+
+
+def _check_budget(seconds: float, calls: int, deadline: float | None) -> None:
+    if deadline is not None and time.monotonic() + seconds * calls > deadline:
+        raise OverBudgetError(
+            f"a call takes {seconds:.3g} s: {calls} more do not fit the time that is left"
+        )
+
+
+def _program_bytes(compiled: Any) -> int | None:
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )

@@ -1,0 +1,213 @@
+"""`freqkv bench`: how fast this device runs a model, and how fast it could."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+from freqkv_jax.cli.common import (
+    DTYPES,
+    add_policy_arguments,
+    default_dtype,
+    describe_policy,
+    note,
+    policy_from_flags,
+)
+
+DESCRIPTION = """\
+Times a model with random weights on this device, the full cache beside the chosen policy, and
+puts each time beside its roofline: what the same FLOPs and bytes would take at the matmul rate and
+the copy bandwidth that are measured in the same run.
+
+forward    final hidden states of whole texts (parallel form, no head)
+prefill    texts into a state, as fk.prefill drives it
+decode     ms a token over a whole round, its compression included
+compress   the cache recurrence of one layer: all chunks' caches
+attention  one layer's attention, its caches given
+all        all of them"""
+EPILOG = """\
+examples:
+  freqkv bench all --model llama2-7b --json bench.json
+  freqkv bench decode --model llama3-8b --batch 8
+  freqkv bench forward --model llama2-7b --only 'forward/freqkv/*' --profile traces
+  freqkv bench all --model tiny --cache-size 64 --lengths 124,496
+
+MODEL is a Hugging Face directory, a hub id, a .gguf file (only its shape is used), or a shape by
+name: """
+DEFAULT_BUDGET = 540.0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
+    from freqkv_jax.bench.cases import WORKS
+    from freqkv_jax.config import SHAPES
+    from freqkv_jax.model.attention import BACKENDS
+
+    parser.description, parser.epilog = DESCRIPTION, EPILOG + ", ".join(SHAPES)
+    parser.add_argument("work", choices=(*WORKS, "all"), help="what to time")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="path, hub id or shape")
+    parser.add_argument(
+        "--lengths",
+        metavar="T,T,...",
+        help="tokens of a text; of decode, what a full cache holds (default: N+2Q,N+14Q,N+62Q)",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows (default: 1)")
+    parser.add_argument("--layers", type=int, metavar="N", help="of the model, only so many")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere"
+    )
+    parser.add_argument("--attention", choices=BACKENDS, default="auto", help="back end")
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="R", help="timed calls, 5 at least (default: 5)"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="PATTERN,...",
+        help="cases whose name (work/policy/length) matches, for example 'decode/*'",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=DEFAULT_BUDGET,
+        metavar="SECONDS",
+        help="skip what would end later (default: %(default)g; compiling cannot be foreseen)",
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="Hugging Face torch on the same shape, first (needs torch and transformers)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures, after every row")
+    parser.add_argument("--profile", metavar="DIR", help="write a trace of one more call a case")
+    add_policy_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints the table."""
+    from freqkv_jax.bench import cases, report, timing
+    from freqkv_jax.cli.compile import read_model
+    from freqkv_jax.evals import result
+    from freqkv_jax.kv.policy import policy_to_dict
+    from freqkv_jax.model.llama import Llama
+    from freqkv_jax.model.params import init_params
+
+    deadline = time.monotonic() + args.budget
+    timing.check_repeats(args.repeats)
+    config, remembered = read_model(args.model, args.layers)
+    kv = policy_from_flags(args) or remembered
+    lengths = parse_lengths(args.lengths) or cases.default_lengths(kv)
+    if args.json:
+        result.check_output(args.json)
+    works = cases.WORKS if args.work == "all" else (args.work,)
+    # Before JAX takes the device's memory.
+    peers = run_peers(args, config, lengths, works) if args.peers else []
+    dtype = args.dtype or default_dtype()
+    model = Llama(config, kv, dtype, args.attention)
+    todo = cases.make_cases(works, model, lengths, args.batch)
+
+    note(f"measuring this device's matmul rate ({dtype}) and copy bandwidth")
+    from freqkv_jax.bench.ceilings import measure_ceilings
+
+    ceilings = measure_ceilings(dtype)
+    record: dict[str, Any] = result.environment(args.command_line) | {
+        "model": args.model,
+        "num_params": config.num_params,
+        "num_layers": config.num_layers,
+        "kv": policy_to_dict(kv),
+        "ceilings": {
+            "flops_per_s": ceilings.flops_per_s,
+            "bytes_per_s": ceilings.bytes_per_s,
+            "dtype": dtype,
+            "matmul_side": ceilings.sizes.matmul_side,
+            "copy_bytes": 4 * ceilings.sizes.copy_elements,
+        },
+        "rows": [],
+        "peers": peers,
+    }
+    made: list[Any] = []
+
+    def params() -> Any:
+        if not made:
+            note(f"making {config.num_params / 1e9:.3g} billion random weights")
+            made.append(init_params(model))
+        return made[0]
+
+    def on_row(row: dict[str, Any]) -> None:
+        record["rows"].append(row)
+        note(f"  {row['case']}: {row.get('skipped') or format(row['ms'], '.4g') + ' ms'}")
+        if args.json:
+            result.write_result(args.json, record)
+
+    rows = report.run_cases(
+        todo, params, ceilings, args.repeats, deadline, args.only, args.profile, on_row
+    )
+    if not rows:
+        raise ValueError(f"no case of {args.work} is called {args.only or 'anything here'!r}")
+    print("\n".join(heading(record, describe_policy(kv), args.repeats)))
+    print(report.table(rows))
+    for peer in peers:
+        print(_peer_line(peer))
+    if args.json:
+        print(f"\nwritten to {args.json}")
+    return 0
+
+
+def parse_lengths(text: str | None) -> tuple[int, ...] | None:
+    """(8188, 32740) of "8188,32740"; ValueError for anything else."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 1 for word in words):
+        raise ValueError(
+            f"--lengths {text!r} is not understood; write numbers of tokens: 8188,32740"
+        )
+    return tuple(map(int, words))
+
+
+def heading(record: dict[str, Any], policy: str, repeats: int) -> list[str]:
+    """What the table is of."""
+    device, ceilings = record["device"], record["ceilings"]
+    return [
+        f"{record['model']}, {record['num_layers']} layers, random weights, {ceilings['dtype']},"
+        f" on {device['kind']}, jax {record['versions']['jax']}; {policy}",
+        f"this device, in this run: matmul {ceilings['flops_per_s'] / 1e12:.4g} TFLOP/s"
+        f" ({ceilings['matmul_side']} cubed), copy {ceilings['bytes_per_s'] / 1e9:.4g} GB/s",
+        f"ms: median of {repeats} calls (decode: a step's mean over a round); spread: slowest less"
+        " fastest; share: roofline over median",
+        "",
+    ]
+
+
+def run_peers(
+    args: argparse.Namespace, config: Any, lengths: tuple[int, ...], works: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Rows of Hugging Face torch, in a process of its own; ImportError where it is not there."""
+    import importlib.util
+
+    missing = [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise ImportError(f"--peers needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    note("measuring Hugging Face torch")
+    request = {
+        "config": config.to_hf(),
+        "lengths": lengths,
+        "batch": args.batch,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "works": [work for work in works if work in ("forward", "decode")],
+        "budget": args.budget / 2,
+    }
+    command = [sys.executable, "-m", "freqkv_jax.bench.peers", json.dumps(request)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode:
+        note(f"warning: the peers' process ended with status {done.returncode}")
+    return rows
+
+
+def _peer_line(row: dict[str, Any]) -> str:
+    if "skipped" in row:
+        return f"{row['case']}: skipped, {row['skipped']}"
+    return f"{row['case']}: {row['ms']:.4g} ms, spread {row['spread']:.1%} (torch {row['torch']})"

@@ -1,0 +1,1 @@
+"""Fine-tuning: config, data, step, checkpoints and the loop."""

@@ -1,0 +1,146 @@
+"""The training loop, from the config to the exported model, on one page."""
+
+import contextlib
+import json
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from freqkv_jax.model.llama import Llama
+from freqkv_jax.training import distributed, monitor
+from freqkv_jax.training.checkpoint import Checkpoints
+from freqkv_jax.training.data import Batches
+from freqkv_jax.training.export import export
+from freqkv_jax.training.metrics import note
+from freqkv_jax.training.record import Recorder
+from freqkv_jax.training.rundir import CHECKPOINTS, FINISHED, RunDir
+from freqkv_jax.training.schema import RunConfig
+from freqkv_jax.training.setup import Setup, abstract_of, first_state, prepare
+from freqkv_jax.training.stop import Stop
+from freqkv_jax.training.trainable import merge
+
+
+def train(cfg: RunConfig) -> int:
+    """Trains, or goes on training, what `cfg` says; returns the exit status.
+
+    The same call after a kill at any moment goes on from the last checkpoint and ends with the
+    same losses and weights. SIGTERM saves and returns 0.
+
+    Raises:
+      ValueError: bad config or data, a run.dir of another run, or a bad loss. OSError: files.
+    """
+    clustered = distributed.start(cfg.run.distributed)
+    folder = RunDir(cfg.run.dir)
+    resumed = folder.check_config(cfg)
+    if resumed and folder.finished_step() >= cfg.train.steps:
+        note(f"{folder.path}: all {cfg.train.steps} steps are done; nothing is left to do")
+        return 0
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stop(clustered))
+        setup = prepare(cfg, folder)
+        keep = cfg.checkpoint
+        saved = Checkpoints(folder / CHECKPOINTS, keep.keep, keep.keep_best)
+        stack.callback(saved.close)
+        state, frozen, first = start(cfg, setup, saved)
+        folder.write_config(cfg)
+        record = stack.enter_context(Recorder(cfg, folder, setup, first))
+        guard = monitor.LossGuard(cfg.train.spike_ratio, record.past)
+        batches = Batches(setup.source, cfg.train.batch_size, cfg.run.seed, *setup.batch_share)
+        stack.callback(batches.close)
+        if first == 0 and setup.held_out is not None:
+            record.add({"step": 0} | setup.held_out(state.trainable, frozen, setup.maps))
+
+        for step in range(first + 1, cfg.train.steps + 1):
+            record.begin()
+            rows = batches.at(step - 1)
+            batch = distributed.global_batch(setup.mesh, rows, cfg.train.batch_size)
+            waited = record.waited()
+            batch["limit"] = np.float32(guard.limit(step))
+            state, metrics = setup.step(state, frozen, setup.maps, batch)
+            stopping = stop.asked(saved, step)
+            last = step == cfg.train.steps or stopping
+            save = last or step % cfg.checkpoint.every == 0
+            look = due(step, cfg.log.eval_every, cfg) or (save and cfg.checkpoint.keep_best)
+            show = due(step, cfg.log.sample_every, cfg)
+            # The device works on this step while the one before is written down.
+            for done in record.finished(step, metrics, waited, all_of_them=save or look or show):
+                problem = guard.problem(done["step"], done["loss"], done["finite"])
+                if problem is not None:
+                    bad_loss(cfg, saved, problem)
+            score = None
+            if look and setup.held_out is not None:
+                measured = setup.held_out(state.trainable, frozen, setup.maps)
+                record.add({"step": step} | measured)
+                score = measured["eval_loss"]
+            if show:
+                record.add_sample(step, sample(cfg, setup, state, frozen))
+            if save:
+                record.sync()
+                saved.save(step, state, {"step": step, "data": setup.source.fingerprint}, score)
+            if save or look or show:
+                record.pause()
+            if stopping and step < cfg.train.steps:
+                saved.wait()
+                note(f"stopped after step {step}, which is saved; the same command goes on")
+                return stop.status()
+        saved.wait()
+        export(cfg, folder, setup, state, frozen)
+        folder.write(FINISHED, json.dumps({"step": cfg.train.steps}) + "\n")
+        note(f"done: {cfg.train.steps} steps in {folder.path}")
+    return 0
+
+
+def start(cfg: RunConfig, setup: Setup, saved: Checkpoints) -> tuple[Any, Any, int]:
+    """(state, frozen, steps done) from the latest whole checkpoint, or from the beginning."""
+    state, frozen = first_state(cfg, setup)
+    if not saved.steps():
+        return state, frozen, 0
+    like = abstract_of(state, setup.mesh)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # the restored arrays take their place
+    restored = saved.restore(like)
+    if restored is None:
+        state, frozen = first_state(cfg, setup)
+        return state, frozen, 0
+    state, about = restored
+    if about["data"] != setup.source.fingerprint:
+        raise ValueError(
+            f"the data differ from those that {cfg.run.dir} was trained on until step"
+            f" {about['step']}; put them back as they were, or choose another run.dir"
+        )
+    if about["step"] > cfg.train.steps:
+        raise ValueError(
+            f"{cfg.run.dir} is at step {about['step']}, beyond train.steps {cfg.train.steps}"
+        )
+    note(f"going on from step {about['step']}")
+    return state, frozen, about["step"]
+
+
+def due(step: int, every: int, cfg: RunConfig) -> bool:
+    """Whether something is to happen at `step`: every so many steps (0: never), and at the end."""
+    return bool(every) and (step % every == 0 or step == cfg.train.steps)
+
+
+def bad_loss(cfg: RunConfig, saved: Checkpoints, problem: str) -> None:
+    """Warns where a bad batch is to be skipped (the step has not applied it); else raises."""
+    if cfg.train.on_bad_loss == "skip":
+        warnings.warn(f"{problem}; its batch is skipped")
+        return
+    saved.wait()
+    steps = saved.steps()
+    good = f"the last good checkpoint is {saved.folder / str(steps[-1])}" if steps else "none saved"
+    raise monitor.BadLossError(
+        f"{problem}; {good}. Lower optimizer.learning_rate, look at the data of this step, or set"
+        " train.on_bad_loss=skip (in a new run.dir)"
+    )
+
+
+def sample(cfg: RunConfig, setup: Setup, state: Any, frozen: Any) -> str:
+    """What the model now writes behind log.sample_prompt."""
+    params = merge(state.trainable, frozen, setup.scale, cfg.model.dtype)
+    tokenizer = setup.tokenizer()
+    prompt = tokenizer.encode(cfg.log.sample_prompt)
+    model: Llama = setup.model
+    return monitor.sample(model, params, prompt, cfg.log.sample_tokens, tokenizer.decode)

@@ -1,0 +1,150 @@
+"""What a run writes down at each step, and where: one place for all logs."""
+
+import time
+from typing import Any
+
+import jax
+
+from freqkv_jax.training import metrics, plots
+from freqkv_jax.training.metrics import STEP_KEYS, JsonLines, Progress, TensorBoard, Wandb, note
+from freqkv_jax.training.rundir import CURVES, EVENTS, METRICS, SAMPLES, RunDir
+from freqkv_jax.training.schema import RunConfig, to_dict
+from freqkv_jax.training.setup import Setup
+from freqkv_jax.training.step import flops_per_step
+
+DRAW_EVERY_S = 300.0
+
+
+class Recorder:
+    """Takes each step's figures to metrics.jsonl, TensorBoard, W&B, curves.png and the terminal.
+
+    A step's figures are read one step later, so that the device always has work.
+    """
+
+    def __init__(self, cfg: RunConfig, folder: RunDir, setup: Setup, first: int) -> None:
+        """Args: first: steps done so far; what an earlier process wrote of later ones is cut."""
+        self.cfg, self.folder = cfg, folder
+        lead = jax.process_index() == 0
+        behind = first if first else -1  # before any step the measurement of step 0 comes again
+        self.lines = JsonLines(folder / METRICS)
+        self.samples = JsonLines(folder / SAMPLES) if cfg.log.sample_every else None
+        self.past = self.lines.cut(behind)
+        if self.samples is not None:
+            self.samples.cut(behind)
+        local = lead and not folder.remote
+        self.board = TensorBoard(
+            str(folder / EVENTS) if cfg.log.tensorboard and local else None, first
+        )
+        self.wandb = Wandb(folder.path.name if cfg.log.wandb and lead else None, to_dict(cfg))
+        self.progress = Progress(cfg.train.steps, first, cfg.log.every, lead)
+        self.tokens = cfg.train.batch_size * cfg.train.seq_len
+        peak = metrics.peak_flops(setup.mesh.devices.flat[0])
+        self.peak_flops = None if peak is None else peak * setup.mesh.size
+        self.flops = flops_per_step(cfg, setup.model)
+        self._pending: list[tuple[int, Any, float]] = []
+        self._clock: float | None = None  # when the last step ended; None: behind a pause
+        self._begun = self._drawn = time.monotonic()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.close()
+        self._draw()
+        for log in (self.lines, self.samples, self.board, self.wandb):
+            if log is not None:
+                log.close()
+
+    def begin(self) -> None:
+        """A step begins: its batch is asked for."""
+        self._begun = time.monotonic()
+
+    def waited(self) -> float:
+        """Seconds since `begin`: how long the batch took to come."""
+        return time.monotonic() - self._begun
+
+    def finished(
+        self, step: int, got: Any, waited: float, all_of_them: bool
+    ) -> list[dict[str, Any]]:
+        """Notes that `step` was sent off; returns the records of steps that are done, written.
+
+        Each has a `finite` beside what is in metrics.jsonl. `all_of_them`: this step's, too.
+        """
+        self._pending.append((step, got, waited))
+        records = []
+        while len(self._pending) > (0 if all_of_them else 1):
+            records.append(self._write(*self._pending.pop(0)))
+        return records
+
+    def _write(self, step: int, got: Any, waited: float) -> dict[str, Any]:
+        loss = float(got["loss"])  # waits for the device
+        now = time.monotonic()
+        # The first step compiles, so it has no speed.
+        start = self._clock if self._clock is not None else self._begun
+        seconds = None if step == self.progress.first + 1 else max(now - start, 1e-9)
+        self._clock = now
+        speed = mfu = None
+        if seconds is not None:
+            speed = round(self.tokens / seconds, 1)
+            mfu = self.flops / (seconds * self.peak_flops) if self.peak_flops else None
+        values = (
+            step,
+            loss,
+            float(got["grad_norm"]),
+            float(got["learning_rate"]),
+            speed,
+            mfu,
+            metrics.memory_bytes(),
+            round(waited, 6),
+        )
+        record: dict[str, Any] = dict(zip(STEP_KEYS, values, strict=True))
+        self.lines.append(record)
+        if step % self.cfg.log.every == 0:
+            self.board.scalars(step, record)
+            self.wandb.scalars(step, record)
+        self.progress.update(record)
+        return record | {"finite": bool(got["finite"])}
+
+    def pause(self) -> None:
+        """Something else than steps took time: the next step's begins with its `begin`."""
+        self._clock = None
+        if time.monotonic() - self._drawn > DRAW_EVERY_S:
+            self._draw()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """A line of its own, such as held-out figures."""
+        self.lines.append(record)
+        self.board.scalars(record["step"], record)
+        self.wandb.scalars(record["step"], {k: v for k, v in record.items() if k != "step"})
+        if self.progress.shown and record.get("eval_perplexity") is not None:
+            figures = [
+                f"{name.removeprefix('eval_perplexity_').replace('_', ' ')} {value:.3f}"
+                for name, value in record.items()
+                if name.startswith("eval_perplexity_") and value is not None
+            ]
+            whole = f"{record['eval_perplexity']:.3f} ({', '.join(figures)})"
+            note(f"step {record['step']}: held-out perplexity {whole}")
+
+    def add_sample(self, step: int, text: str) -> None:
+        """A text that the model wrote, into samples.jsonl."""
+        if self.samples is not None:
+            self.samples.append({"step": step, "text": text})
+        if self.progress.shown:
+            note(f"step {step} writes: {text}")
+
+    def sync(self) -> None:
+        """Sees to it that what a checkpoint stands on is on disk before it."""
+        self.lines.sync()
+        if self.samples is not None:
+            self.samples.sync()
+
+    def _draw(self) -> None:
+        if not self.lines.writes:
+            return
+        self.lines.sync()
+        records = metrics.read_lines(self.lines.path)
+        try:
+            self.folder.put(CURVES, lambda path: plots.draw_curves(records, path))
+        except (ImportError, OSError) as error:  # a picture is no reason to stop a run
+            note(f"no {CURVES}: {error}")
+        self._drawn = time.monotonic()
