@@ -1,14 +1,12 @@
 """Policies that choose entries: sinks and recents stay, the best of those between stay in order."""
 
-import operator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from freqkv_jax.kv.policy import KVPolicy, Maps, Memory, Slots
+from freqkv_jax.kv.policy import KVPolicy, Maps, Memory, Slots, whole_number
 from freqkv_jax.rope import Rope
 
 # Scores are compared on this grid. Equal tokens have equal keys in the first layer, and what
@@ -61,13 +59,7 @@ class ChoosingPolicy(KVPolicy):
             )
 
     def _whole(self, field: str, low: int) -> int:
-        value: Any = getattr(self, field)
-        try:
-            whole = operator.index(value)
-        except TypeError:
-            whole = None
-        if whole is None or isinstance(value, bool) or whole < low:
-            raise ValueError(f"{field} must be a whole number >= {low}, got {value!r}")
+        whole = whole_number(field, getattr(self, field), low)
         object.__setattr__(self, field, whole)
         return whole
 

@@ -1,13 +1,20 @@
 """Policies whose round is one linear map: sinks and recents stay, the span is mapped."""
 
-import operator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from freqkv_jax.kv.policy import ChunkCaches, KVPolicy, Maps, Memory, Slots, choose_rows
+from freqkv_jax.kv.policy import (
+    ChunkCaches,
+    KVPolicy,
+    Maps,
+    Memory,
+    Slots,
+    choose_rows,
+    whole_number,
+)
 from freqkv_jax.rope import Rope
 
 
@@ -26,15 +33,8 @@ class LinearPolicy(KVPolicy):
 
     def __post_init__(self) -> None:
         for field in ("cache_size", "sink_size", "recent_size"):
-            value = getattr(self, field)
             low = 1 if field == "cache_size" else 0
-            try:
-                whole = operator.index(value)
-            except TypeError:
-                whole = None
-            if whole is None or isinstance(value, bool) or whole < low:
-                raise ValueError(f"{field} must be a whole number >= {low}, got {value!r}")
-            object.__setattr__(self, field, whole)
+            object.__setattr__(self, field, whole_number(field, getattr(self, field), low))
         if self.sink_size + self.recent_size >= self.cache_size:
             raise ValueError(
                 "need sink_size + recent_size < cache_size, got sink_size="

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -239,6 +240,17 @@ def _write_token(slots: Array, new: Array, fill: Array, taken: Array | None, axi
         old = jax.lax.dynamic_slice_in_dim(slots, fill, 1, axis=axis)
         new = jnp.where(taken.reshape(taken.shape + (1,) * (new.ndim - taken.ndim)), new, old)
     return jax.lax.dynamic_update_slice_in_dim(slots, new, fill, axis=axis)
+
+
+def whole_number(field: str, value: Any, low: int) -> int:
+    """`value` as an int; ValueError, naming the field, unless it is a whole number >= low."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or isinstance(value, bool) or whole < low:
+        raise ValueError(f"{field} must be a whole number >= {low}, got {value!r}")
+    return whole
 
 
 def policy_to_dict(kv: KVPolicy) -> dict[str, Any]:
