@@ -29,6 +29,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and --set of a fine-tuning run."""
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a YAML file or a packaged config's name"
+    )
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="changes keys of the config, e.g. train.steps=100 run.dir=runs/a",
+    )
+
+
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """--policy and what a policy is made of."""
     from freqkv_jax.kv.policy import POLICIES

@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from freqkv_jax.cli.common import size_text
+from freqkv_jax.cli.common import add_config_arguments, size_text
 
 DESCRIPTION = """\
 Reckons from a config's shapes what each device must hold during training: weights, moments,
@@ -23,17 +23,7 @@ GPUS = {"a100": 79 * GIB, "h100": 79 * GIB, "h200": 139 * GIB}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a YAML file or a packaged config's name"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="put a value over the config's, as train.steps=10",
-    )
+    add_config_arguments(parser)
     parser.add_argument(
         "--devices",
         type=int,
@@ -56,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise ImportError(f"{error}: pip install 'freqkv-jax[train]'") from None
 
     hbm = None if args.hbm is None else parse_hbm(args.hbm)
-    cfg = schema.load(args.config, [text for group in args.set for text in group])
+    cfg = schema.load(args.config, args.set)
     config = plan.planned_config(cfg)
     num_devices = _num_devices(args.devices, cfg)
     if hbm is None:

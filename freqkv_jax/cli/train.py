@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import Any
 
-from freqkv_jax.cli.common import describe_policy, enable_compile_cache, note
+from freqkv_jax.cli.common import add_config_arguments, describe_policy, enable_compile_cache, note
 
 DESCRIPTION = """\
 Fine-tunes a model as a config says and writes metrics, checkpoints, curves and the tuned model
@@ -24,15 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from freqkv_jax.training.yaml_file import packaged_configs
 
     parser.description, parser.epilog = DESCRIPTION, EPILOG + ", ".join(packaged_configs())
-    parser.add_argument("--config", required=True, metavar="FILE", help="file or packaged name")
-    parser.add_argument(
-        "--set",
-        action="append",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="changes keys of the config, e.g. train.steps=100 run.dir=runs/a",
-    )
+    add_config_arguments(parser)
     parser.add_argument(
         "--compile-only",
         metavar="tpu:GENERATION:TOPOLOGY",
@@ -48,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json and not args.compile_only:
         raise ValueError("--json belongs to --compile-only; metrics are in run.dir/metrics.jsonl")
-    cfg = schema.load(args.config, [text for group in args.set for text in group])
+    cfg = schema.load(args.config, args.set)
     if args.compile_only:
         return compile_only(args, cfg)
     for package in ("optax", "orbax.checkpoint", "etils.epath"):
