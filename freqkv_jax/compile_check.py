@@ -215,9 +215,8 @@ def analyse(
     """
     program = Program(compiled.as_text())
     collectives = program.collectives()
-    gathers = [
-        _describe(c, argument_names, is_cache) for c in collectives if c.kind == "all-gather"
-    ]
+    moved = [_describe(c, argument_names, is_cache) for c in collectives if c.kind != "all-reduce"]
+    gathers = [m for m in moved if m["kind"] == "all-gather"]
     cost = compiled.cost_analysis() or {}
     work = (useful_flops / num_devices, kernel_flops / num_devices)
     return {
@@ -230,6 +229,7 @@ def analyse(
         "collectives": _by_kind(collectives),
         "all_gathers": gathers,
         "num_cache_all_gathers": sum(g["touches_cache"] for g in gathers),
+        "other_moves": [m for m in moved if m["kind"] != "all-gather"],
         "num_kernels": program.num_kernels(),
         "estimate": None if chip is None else _estimate(program, chip, *work),
         "unknown_loops": sorted(program.unknown_loops),
@@ -271,6 +271,7 @@ def _describe(
     if origin.startswith("parameter "):
         origin = names[int(origin.removeprefix("parameter "))]
     return {
+        "kind": gather.kind,
         "output": ", ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in gather.output),
         "bytes": gather.num_bytes,
         "runs": gather.runs,

@@ -4,12 +4,14 @@ Batch rows lie on ("data", "fsdp"), heads and the ffn on "tensor", weights on "f
 slot axis of a cache is never sharded: compress and attention need it whole, and it is short.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -18,6 +20,7 @@ from freqkv_jax.config import LlamaConfig
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+GATHERED = "gathered weight"  # the name by which rematerialisation knows what `gathered` gives
 
 # Parameter path (the whole of it) -> PartitionSpec; the first rule that matches decides.
 # No catch-all rule: a weight that nothing matches is an error, not silently replicated.
@@ -274,3 +277,55 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     if not any(kinds[axis] == AxisType.Auto for axis in kinds):
         return x
     return jax.lax.with_sharding_constraint(x, P(*entries))
+
+
+def gathered(x: jax.Array, stored: PartitionSpec) -> jax.Array:
+    """A weight that lies by `stored`, whole along "fsdp"; its gradient is split again.
+
+    Left to itself, the compiler gathers a weight anew for each product that it is part of: when a
+    layer is computed again in the backward pass, and once more for the gradient behind it.
+    """
+    if not splits_weights() or "fsdp" not in stored:
+        return x
+    return checkpoint_name(_gathered(x, stored), GATHERED)
+
+
+def gathered_table(x: jax.Array, stored: PartitionSpec) -> jax.Array:
+    """`gathered`, for a table in which the rows of a batch are looked up.
+
+    Where rows lie on two axes, they cannot trade places with columns that lie on one of them: the
+    gradient is summed whole.
+    """
+    return gathered(x, stored) if axis_size("data") == 1 else whole(x, stored)
+
+
+def whole(x: jax.Array, stored: PartitionSpec) -> jax.Array:
+    """What lies by `stored`, constrained to be whole along "fsdp", as its gradient then is."""
+    return constrain(x, P(*(None if entry == "fsdp" else entry for entry in stored)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: jax.Array, stored: PartitionSpec) -> jax.Array:
+    return whole(x, stored)
+
+
+def _gathered_forward(x: jax.Array, stored: PartitionSpec) -> tuple[jax.Array, None]:
+    return _gathered(x, stored), None
+
+
+def _gathered_backward(stored: PartitionSpec, _: None, g: jax.Array) -> tuple[jax.Array]:
+    return (constrain(g, stored),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def splits_weights() -> bool:
+    """Whether the mesh that is set splits weights over "fsdp"."""
+    return axis_size("fsdp") > 1
+
+
+def axis_size(axis: str) -> int:
+    """The size of an axis of the mesh that is set; 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh is None or mesh.empty else mesh.shape.get(axis, 1)

@@ -12,9 +12,11 @@ LOGITS = 2e-4  # golden and tiny models: |logit| <= 7, T <= 300
 LOSS = 1e-5
 GRAD_REL_L2 = 1e-4  # a tensor
 REAL_REL_L2 = 1e-5  # real models, T <= 4096, over all logits; and the same greedy tokens
+SHARDED_LOSS = 2e-4  # every loss of a run on a mesh against one device
 # bfloat16
 BF16_REL_L2 = 0.05  # over all logits
 BF16_PRIMITIVE_REL_L2 = 0.008  # one norm, attention or compress: two units in the last place
+BF16_LOSS = 0.02  # every loss of a run in bfloat16 against float32, relative
 # Writing weights or a state and reading them back changes nothing.
 ROUNDTRIP = 0.0
 # float64 programs against each other.

@@ -38,6 +38,7 @@ class Case:
       tokens: read or written by a call, over all rows. steps: of decode, else 1.
       build: the program, or for a driver on the host a function of the call's index; its arrays
         are made when it is called.
+      peak_flops: the makers' figure for the device, where a share of it is to be shown.
     """
 
     work: str
@@ -48,6 +49,7 @@ class Case:
     steps: int
     amount: Amount
     build: Callable[[Any], Program | Callable[[int], Any]]
+    peak_flops: float | None = None
 
     @property
     def name(self) -> str:
@@ -64,9 +66,9 @@ def default_lengths(kv: KVPolicy) -> tuple[int, ...]:
 
 
 def make_cases(
-    works: Sequence[str], model: Llama, lengths: Sequence[int], batch: int
+    works: Sequence[str], model: Llama, lengths: Sequence[int], batch: int, beside: bool = True
 ) -> Iterator[Case]:
-    """The cases of `works`, short ones first; the full cache beside the model's own policy.
+    """The cases of `works`, short ones first; if `beside`, the full cache beside the policy.
 
     Raises:
       ValueError: a length, batch or work that is none.
@@ -77,7 +79,7 @@ def make_cases(
         if work not in WORKS:
             raise ValueError(f"no work is named {work!r}; allowed: {', '.join(WORKS)}")
     models = [model]
-    if model.kv.capacity is not None:
+    if beside and model.kv.capacity is not None:
         models.append(model.clone(kv=FullConfig()))
     return _cases(works, models, sorted(set(lengths)), batch)
 

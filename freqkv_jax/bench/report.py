@@ -25,6 +25,7 @@ COLUMNS = (
     ("roofline_ms", "roofline ms", "{:.3g}"),
     ("bound", "bound", "{}"),
     ("share", "share", "{:.1%}"),
+    ("mfu", "MFU", "{:.1%}"),
     ("program_gib", "program GiB", "{:.2f}"),
     ("peak_gib", "peak GiB", "{:.2f}"),
     ("compile_seconds", "compile s", "{:.1f}"),
@@ -104,10 +105,11 @@ def _about(case: Case) -> Row:
 def make_row(case: Case, timing: Timing, ceilings: Ceilings, peak: int | None) -> Row:
     """What was measured, beside what the device could do (times in ms; in decode, of a step).
 
-    Rates count useful FLOPs and bytes; the roofline counts the policy's map, too.
+    Rates count useful FLOPs and bytes; the roofline and MFU count the policy's map, too.
     """
     amount, steps = case.amount, case.steps
-    floor, bound = ceilings.floor(amount.useful_flops + amount.map_flops, amount.num_bytes)
+    flops = amount.useful_flops + amount.map_flops
+    floor, bound = ceilings.floor(flops, amount.num_bytes)
     scale = 1e3 / steps
     return _about(case) | {
         "repeats": len(timing.seconds),
@@ -123,6 +125,7 @@ def make_row(case: Case, timing: Timing, ceilings: Ceilings, peak: int | None) -
         "roofline_ms": scale * floor,
         "bound": bound,
         "share": floor / timing.median,
+        "mfu": flops / timing.median / case.peak_flops if case.peak_flops else None,
         "compile_seconds": timing.compile_seconds,
         "program_bytes": timing.program_bytes,
         "peak_bytes": peak,
@@ -136,11 +139,13 @@ def peak_bytes() -> int | None:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as Markdown: those that were measured, then the others with their reasons."""
+    # MFU is a training step's.
+    columns = [c for c in COLUMNS if c[0] != "mfu" or any(row.get("mfu") for row in rows)]
     lines = [
-        "| " + " | ".join(title for _, title, _ in COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
+        "| " + " | ".join(title for _, title, _ in columns) + " |",
+        "|" + "---|" * len(columns),
     ]
-    lines += [_line(row) for row in rows if "skipped" not in row]
+    lines += [_line(row, columns) for row in rows if "skipped" not in row]
     lines += [
         "",
         *(f"{row['case']}: skipped, {row['skipped']}" for row in rows if "skipped" in row),
@@ -148,13 +153,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, columns: Sequence[tuple[str, str, str]]) -> str:
     gib = {
         name.replace("_bytes", "_gib"): None if row.get(name) is None else row[name] / 2**30
         for name in ("program_bytes", "peak_bytes")
     }
     cells = []
-    for key, _, form in COLUMNS:
+    for key, _, form in columns:
         value = (row | gib).get(key)
         cells.append("-" if value is None else form.format(value))
     return "| " + " | ".join(cells) + " |"

@@ -20,17 +20,20 @@ class Program:
     """A jittable function and how its arguments follow one another.
 
     Attributes:
-      function: of arrays; it closes over none, so that nothing is folded while compiling.
+      function: of arrays; it closes over none, so that nothing is folded while compiling. None
+        where `lower` says what to compile.
       first: the arguments of the first call.
       donate: positions of arguments whose memory the results take over.
       following: (repeat, arguments, result) to the next call's arguments; it runs outside the
         timed part.
+      lower: of the first arguments, the program lowered, its donations included.
     """
 
-    function: Callable[..., Any]
+    function: Callable[..., Any] | None
     first: tuple[Any, ...]
     following: Callable[[int, tuple[Any, ...], Any], tuple[Any, ...]]
     donate: tuple[int, ...] = ()
+    lower: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,7 @@ def measure(
     """
     check_repeats(repeats)
     begin = time.perf_counter()
-    compiled = (
-        jax.jit(program.function, donate_argnums=program.donate).lower(*program.first).compile()
-    )
+    compiled = _lower(program).compile()
     compile_seconds = time.perf_counter() - begin
     args, out = program.first, None
 
@@ -103,6 +104,13 @@ def measure(
         with jax.profiler.trace(trace):
             call(repeats + 1)
     return Timing(tuple(seconds), compile_seconds, _program_bytes(compiled))
+
+
+def _lower(program: Program) -> Any:
+    if program.lower is not None:
+        return program.lower(*program.first)
+    assert program.function is not None
+    return jax.jit(program.function, donate_argnums=program.donate).lower(*program.first)
 
 
 def measure_host(

@@ -1,14 +1,18 @@
 """`freqkv bench`: how fast this device runs a model, and how fast it could."""
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from freqkv_jax.cli.common import (
     DTYPES,
+    add_config_arguments,
     add_policy_arguments,
     default_dtype,
     describe_policy,
@@ -26,12 +30,15 @@ prefill    texts into a state, as fk.prefill drives it
 decode     ms a token over a whole round, its compression included
 compress   the cache recurrence of one layer: all chunks' caches
 attention  one layer's attention, its caches given
-all        all of them"""
+all        all of these
+train      an optimizer step of a training config (--config), its state donated, on random tokens"""
 EPILOG = """\
 examples:
   freqkv bench all --model llama2-7b --json bench.json
   freqkv bench decode --model llama3-8b --batch 8
   freqkv bench forward --model llama2-7b --only 'forward/freqkv/*' --profile traces
+  freqkv bench train --config smollm2_8k
+  freqkv bench train --config llama2_7b_8k --batch 2 --policy-only --set train.remat=dots
   freqkv bench all --model tiny --cache-size 64 --lengths 124,496
 
 MODEL is a Hugging Face directory, a hub id, a .gguf file (only its shape is used), or a shape by
@@ -46,21 +53,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from freqkv_jax.model.attention import BACKENDS
 
     parser.description, parser.epilog = DESCRIPTION, EPILOG + ", ".join(SHAPES)
-    parser.add_argument("work", choices=(*WORKS, "all"), help="what to time")
-    parser.add_argument("--model", required=True, metavar="MODEL", help="path, hub id or shape")
+    parser.add_argument("work", choices=(*WORKS, "all", "train"), help="what to time")
+    parser.add_argument("--model", metavar="MODEL", help="path, hub id or shape; not of train")
+    add_config_arguments(parser, required=False)
     parser.add_argument(
         "--lengths",
         metavar="T,T,...",
-        help="tokens of a text; of decode, what a full cache holds (default: N+2Q,N+14Q,N+62Q)",
+        help="tokens of a text; of decode, what a full cache holds (default: N+2Q,N+14Q,N+62Q; of"
+        " train, the config's)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows (default: 1)")
+    parser.add_argument(
+        "--batch", type=int, metavar="B", help="rows (default: 1; of train, the config's)"
+    )
     parser.add_argument("--layers", type=int, metavar="N", help="of the model, only so many")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere"
+        "--dtype",
+        choices=DTYPES,
+        help="default: float32 on a CPU, bfloat16 elsewhere; of train, the config's",
     )
-    parser.add_argument("--attention", choices=BACKENDS, default="auto", help="back end")
+    parser.add_argument("--attention", choices=BACKENDS, help="back end (default: auto)")
     parser.add_argument(
         "--repeats", type=int, default=5, metavar="R", help="timed calls, 5 at least (default: 5)"
+    )
+    parser.add_argument(
+        "--policy-only", action="store_true", help="leave out the full cache beside the policy"
     )
     parser.add_argument(
         "--only",
@@ -84,55 +100,52 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_policy_arguments(parser)
 
 
+@dataclass
+class Task:
+    """What is to be measured. `cases`: made as they are asked for; `params`: the weights, when the
+    first case is due."""
+
+    model: str
+    config: Any
+    kv: Any
+    dtype: str
+    cases: Iterable[Any]
+    params: Callable[[], Any]
+    peers: list[dict[str, Any]]
+
+
 def run(args: argparse.Namespace) -> int:
     """Measures and prints the table."""
-    from freqkv_jax.bench import cases, report, timing
-    from freqkv_jax.cli.compile import read_model
+    from freqkv_jax.bench import report, timing
     from freqkv_jax.evals import result
     from freqkv_jax.kv.policy import policy_to_dict
-    from freqkv_jax.model.llama import Llama
-    from freqkv_jax.model.params import init_params
 
     deadline = time.monotonic() + args.budget
     timing.check_repeats(args.repeats)
-    config, remembered = read_model(args.model, args.layers)
-    kv = policy_from_flags(args) or remembered
-    lengths = parse_lengths(args.lengths) or cases.default_lengths(kv)
+    _check_flags(args)
     if args.json:
         result.check_output(args.json)
-    works = cases.WORKS if args.work == "all" else (args.work,)
-    # Before JAX takes the device's memory.
-    peers = run_peers(args, config, lengths, works) if args.peers else []
-    dtype = args.dtype or default_dtype()
-    model = Llama(config, kv, dtype, args.attention)
-    todo = cases.make_cases(works, model, lengths, args.batch)
+    task = training_task(args) if args.work == "train" else model_task(args)
 
-    note(f"measuring this device's matmul rate ({dtype}) and copy bandwidth")
+    note(f"measuring this device's matmul rate ({task.dtype}) and copy bandwidth")
     from freqkv_jax.bench.ceilings import measure_ceilings
 
-    ceilings = measure_ceilings(dtype)
+    ceilings = measure_ceilings(task.dtype)
     record: dict[str, Any] = result.environment(args.command_line) | {
-        "model": args.model,
-        "num_params": config.num_params,
-        "num_layers": config.num_layers,
-        "kv": policy_to_dict(kv),
+        "model": task.model,
+        "num_params": task.config.num_params,
+        "num_layers": task.config.num_layers,
+        "kv": policy_to_dict(task.kv),
         "ceilings": {
             "flops_per_s": ceilings.flops_per_s,
             "bytes_per_s": ceilings.bytes_per_s,
-            "dtype": dtype,
+            "dtype": task.dtype,
             "matmul_side": ceilings.sizes.matmul_side,
             "copy_bytes": 4 * ceilings.sizes.copy_elements,
         },
         "rows": [],
-        "peers": peers,
+        "peers": task.peers,
     }
-    made: list[Any] = []
-
-    def params() -> Any:
-        if not made:
-            note(f"making {config.num_params / 1e9:.3g} billion random weights")
-            made.append(init_params(model))
-        return made[0]
 
     def on_row(row: dict[str, Any]) -> None:
         record["rows"].append(row)
@@ -141,17 +154,82 @@ def run(args: argparse.Namespace) -> int:
             result.write_result(args.json, record)
 
     rows = report.run_cases(
-        todo, params, ceilings, args.repeats, deadline, args.only, args.profile, on_row
+        task.cases, task.params, ceilings, args.repeats, deadline, args.only, args.profile, on_row
     )
     if not rows:
         raise ValueError(f"no case of {args.work} is called {args.only or 'anything here'!r}")
-    print("\n".join(heading(record, describe_policy(kv), args.repeats)))
+    print("\n".join(heading(record, describe_policy(task.kv), args.repeats)))
     print(report.table(rows))
-    for peer in peers:
+    for peer in task.peers:
         print(_peer_line(peer))
     if args.json:
         print(f"\nwritten to {args.json}")
     return 0
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if args.work == "train":
+        if args.config is None or args.model is not None:
+            raise ValueError(
+                "bench train takes a training config, which names the model: --config smollm2_8k"
+                " [--set train.batch_size=4 ...], and no --model"
+            )
+        if args.peers:
+            raise ValueError("--peers knows forward and decode, not train")
+    elif args.model is None or args.config is not None or args.set:
+        raise ValueError(f"bench {args.work} takes --model; --config and --set are train's")
+
+
+def model_task(args: argparse.Namespace) -> Task:
+    """What a model without a config does: every work but train."""
+    from freqkv_jax.bench import cases
+    from freqkv_jax.cli.compile import read_model
+    from freqkv_jax.model.llama import Llama
+    from freqkv_jax.model.params import init_params
+
+    config, remembered = read_model(args.model, args.layers)
+    kv = policy_from_flags(args) or remembered
+    lengths = parse_lengths(args.lengths) or cases.default_lengths(kv)
+    works = cases.WORKS if args.work == "all" else (args.work,)
+    # Before JAX takes the device's memory.
+    peers = run_peers(args, config, lengths, works) if args.peers else []
+    dtype = args.dtype or default_dtype()
+    model = Llama(config, kv, dtype, args.attention or "auto")
+    batch = 1 if args.batch is None else args.batch
+    todo = cases.make_cases(works, model, lengths, batch, not args.policy_only)
+    made: list[Any] = []
+
+    def params() -> Any:
+        if not made:
+            note(f"making {config.num_params / 1e9:.3g} billion random weights")
+            made.append(init_params(model))
+        return made[0]
+
+    return Task(args.model, config, kv, dtype, todo, params, peers)
+
+
+def training_task(args: argparse.Namespace) -> Task:
+    """A step of the config, with what the flags change in it."""
+    from freqkv_jax.bench.train_case import make_train_cases
+    from freqkv_jax.cli.compile import first_layers
+    from freqkv_jax.cli.train import check_packages
+    from freqkv_jax.training import schema
+    from freqkv_jax.training.plan import planned_config
+
+    check_packages("optax")
+    sets = list(args.set)
+    for key, value in (
+        ("model.dtype", args.dtype),
+        ("model.attention", args.attention),
+        ("train.batch_size", args.batch),
+    ):
+        sets += [] if value is None else [f"{key}={value}"]
+    cfg = schema.load(args.config, sets)
+    cfg = dataclasses.replace(cfg, kv=policy_from_flags(args) or cfg.kv)
+    config = first_layers(planned_config(cfg), args.layers)
+    lengths = parse_lengths(args.lengths) or (cfg.train.seq_len,)
+    todo = make_train_cases(cfg, config, lengths, not args.policy_only)
+    return Task(args.config, config, cfg.kv, cfg.model.dtype, todo, lambda: None, [])
 
 
 def parse_lengths(text: str | None) -> tuple[int, ...] | None:

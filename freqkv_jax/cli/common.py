@@ -29,10 +29,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--config and --set of a fine-tuning run."""
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a YAML file or a packaged config's name"
+        "--config",
+        required=required,
+        metavar="FILE",
+        help="a YAML file or a packaged config's name",
     )
     parser.add_argument(
         "--set",

@@ -139,11 +139,16 @@ def read_model(name: str, layers: int | None) -> tuple[Any, Any]:
         from freqkv_jax import weights
 
         config, kv = weights.read_config(name)
-    if layers is not None:
-        if not 1 <= layers <= config.num_layers:
-            raise ValueError(f"--layers must be 1 to {config.num_layers} here, got {layers}")
-        config = dataclasses.replace(config, num_layers=layers)
-    return config, kv or FreqKVConfig()
+    return first_layers(config, layers), kv or FreqKVConfig()
+
+
+def first_layers(config: Any, layers: int | None) -> Any:
+    """The config with its first layers only (None: all); ValueError for a number it has not."""
+    if layers is None:
+        return config
+    if not 1 <= layers <= config.num_layers:
+        raise ValueError(f"--layers must be 1 to {config.num_layers} here, got {layers}")
+    return dataclasses.replace(config, num_layers=layers)
 
 
 def describe(args: argparse.Namespace, plan: Any, seconds: float) -> dict[str, Any]:

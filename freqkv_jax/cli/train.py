@@ -32,6 +32,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         " and prints memory, collectives and FLOPs; mesh sizes of the config apply (-1: the rest)",
     )
     parser.add_argument("--json", metavar="FILE", help="with --compile-only: write the report too")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="with --compile-only: of the model, only so many (compiles faster)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,26 +46,29 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json and not args.compile_only:
         raise ValueError("--json belongs to --compile-only; metrics are in run.dir/metrics.jsonl")
+    if args.layers is not None and not args.compile_only:
+        raise ValueError("--layers belongs to --compile-only; training needs the whole model")
     cfg = schema.load(args.config, args.set)
     if args.compile_only:
         return compile_only(args, cfg)
-    for package in ("optax", "orbax.checkpoint", "etils.epath"):
-        _need(package)
+    check_packages("optax", "orbax.checkpoint", "etils.epath")
     enable_compile_cache()
     from freqkv_jax.training.loop import train
 
     return train(cfg)
 
 
-def _need(package: str) -> None:
+def check_packages(*packages: str) -> None:
+    """ImportError that says what to install where one of them is missing."""
     import importlib
 
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"training needs {package.split('.')[0]}: pip install 'freqkv-jax[train]'"
-        ) from error
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"training needs {package.split('.')[0]}: pip install 'freqkv-jax[train]'"
+            ) from error
 
 
 def compile_only(args: argparse.Namespace, cfg: Any) -> int:
@@ -68,11 +77,12 @@ def compile_only(args: argparse.Namespace, cfg: Any) -> int:
     from freqkv_jax.cli import compile as printed
     from freqkv_jax.evals import result
     from freqkv_jax.sharding import make_mesh
+    from freqkv_jax.training.plan import planned_config
 
     target = compile_check.Target.parse(args.compile_only)
     if args.json:
         result.check_output(args.json)
-    _need("optax")
+    check_packages("optax")
     from freqkv_jax.training import compile_step
 
     compile_check.prepare(args.compile_only)
@@ -82,23 +92,35 @@ def compile_only(args: argparse.Namespace, cfg: Any) -> int:
     mesh = make_mesh(data, fsdp, tensor, devices)
     note(f"compiling for {len(devices)} devices of {args.compile_only}; large models take minutes")
     begin = time.monotonic()
-    report = compile_step.report(cfg, mesh, chip)
+    config = printed.first_layers(planned_config(cfg), args.layers)
+    report = compile_step.report(cfg, config, mesh, chip)
     seconds = time.monotonic() - begin
-    report = describe(args.compile_only, cfg, mesh, seconds) | report
+    report = describe(args.compile_only, cfg, config, mesh, seconds) | report
     if args.json:
         result.write_result(args.json, report | {"versions": compile_check.compiler_versions()})
-    print("\n".join(printed.lines(report)))
+    print("\n".join([*printed.lines(report), *gather_lines(report)]))
     if args.json:
         print(f"written          {args.json}")
     return 0
 
 
-def describe(target: str, cfg: Any, mesh: Any, seconds: float) -> dict[str, Any]:
+def gather_lines(report: dict[str, Any]) -> list[str]:
+    """How often weights are gathered."""
+    counts = report["weight_gathers"].values()
+    if not counts:
+        return ["weights gathered none"]
+    most = [max(count[name] for count in counts) for name in ("forward", "backward")]
+    return [
+        f"weights gathered {len(counts)}; a micro-batch gathers one at most {most[0]:g} times"
+        f" forward and {most[1]:g} backward"
+    ]
+
+
+def describe(target: str, cfg: Any, config: Any, mesh: Any, seconds: float) -> dict[str, Any]:
     """What was compiled, as plain data."""
     from freqkv_jax.kv.policy import policy_to_dict
-    from freqkv_jax.training.plan import planned_config
 
-    config, train = planned_config(cfg), cfg.train
+    train = cfg.train
     row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = train.accumulation(row_shards)
     return {

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from freqkv_jax import sharding
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import KVPolicy, KVState
 from freqkv_jax.kv.policy import Maps, Memory
@@ -15,10 +16,12 @@ from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import BATCH_AXES, P, constrain
 
 DTYPES = ("float32", "bfloat16", "float16")
+COLUMNS, ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")  # of kernels [in, out]
 HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)  # [B, T, heads, D]
 # What the backward pass finds of a layer: all of it, its products with weights, or its input.
 REMAT = {
-    "none": None,
+    # Gathered weights are gathered again: all layers' would fill the memory.
+    "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -28,18 +31,26 @@ class Linear(nn.Module):
     """x @ kernel in the compute dtype, float32 kept exact on every platform.
 
     Where the collection "lora" has a and b for it, (x @ a) @ b is added (freqkv_jax.model.lora).
+    `spec`: how the kernel lies on a mesh, as sharding.RULES have it.
     """
 
     features: int
     dtype: str
+    spec: P = COLUMNS
 
     @nn.compact
     def __call__(self, x: Array, out_dtype: Any = None) -> Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.dtype(self.dtype))
-        y = matmul(x, kernel.astype(x.dtype), out_dtype)
+        # For few tokens (decoding) the compiler may rather move them than the weights.
+        many = x.size > kernel.size
+        kernel = kernel.astype(x.dtype)
+        y = matmul(x, sharding.gathered(kernel, self.spec) if many else kernel, out_dtype)
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
+            if many:  # small, as their gradients are
+                a = sharding.whole(a, P(self.spec[0], None))
+                b = sharding.whole(b, P(None, self.spec[1]))
             y = y + matmul(matmul(x, a), b, out_dtype)
         return y
 
@@ -82,7 +93,7 @@ class MLP(nn.Module):
     def setup(self) -> None:
         self.gate = Linear(self.config.intermediate_size, self.dtype)
         self.up = Linear(self.config.intermediate_size, self.dtype)
-        self.down = Linear(self.config.hidden_size, self.dtype)
+        self.down = Linear(self.config.hidden_size, self.dtype, ROWS)
 
     def __call__(self, x: Array) -> Array:
         return self.down(nn.silu(self.gate(x)) * self.up(x))
@@ -101,7 +112,7 @@ class Attention(nn.Module):
         self.q = Linear(c.num_heads * c.head_dim, self.dtype)
         self.k = Linear(c.num_kv_heads * c.head_dim, self.dtype)
         self.v = Linear(c.num_kv_heads * c.head_dim, self.dtype)
-        self.o = Linear(c.hidden_size, self.dtype)
+        self.o = Linear(c.hidden_size, self.dtype, ROWS)
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         def split(y: Array) -> Array:
@@ -253,7 +264,7 @@ class Embed(nn.Module):
 
     def __call__(self, tokens: Array, gather: bool = False) -> Array:
         # Many rows: one gather of the table over fsdp, else all devices look up all rows.
-        table = constrain(self.embedding, P("tensor", None)) if gather else self.embedding
+        table = sharding.gathered_table(self.embedding, ROWS) if gather else self.embedding
         return jnp.take(table, tokens, axis=0).astype(jnp.dtype(self.dtype))
 
     def logits(self, x: Array) -> Array:
@@ -314,7 +325,7 @@ class Llama(nn.Module):
         def run(layer: Block, x: Array, maps: Maps) -> Array:
             return layer(x, rope, maps)
 
-        if self.remat != "none":
+        if self.remat != "none" or sharding.splits_weights():
             run = nn.remat(run, policy=REMAT[self.remat])
         for layer in self.layers:
             x = run(layer, x, maps)

@@ -1,5 +1,6 @@
 """The train step on abstract arrays, to be compiled for machines that are not here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from freqkv_jax.compile_check import (
     compile_work,
     is_cache_gather,
 )
+from freqkv_jax.config import LlamaConfig
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.model.llama import maps as model_maps
 from freqkv_jax.model.params import abstract_state
@@ -32,9 +34,9 @@ from freqkv_jax.training.schema import RunConfig
 NAMES = ("state", "frozen", "maps", "tokens", "mask", "limit")
 
 
-def model_of(cfg: RunConfig) -> Llama:
-    """The model of a config, its sizes only."""
-    config = planned_config(cfg)
+def model_of(cfg: RunConfig, config: LlamaConfig | None = None) -> Llama:
+    """The model of a config, its sizes only; of other sizes, where `config` is given."""
+    config = config or planned_config(cfg)
     return Llama(config, cfg.kv, cfg.model.dtype, cfg.model.attention)
 
 
@@ -58,16 +60,17 @@ def build_work(cfg: RunConfig, model: Llama, mesh: Mesh) -> Work:
     return Work(step._jitted, arguments, NAMES, donate=(0,), out_shardings=(where, here))
 
 
-def report(cfg: RunConfig, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:
+def report(cfg: RunConfig, config: LlamaConfig, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:
     """Compiles the step of a config for `mesh`; what it takes, as `analyse` tells it.
 
     Args:
+      config: the model's sizes.
       chip: what one device is, None off TPU.
 
     Raises:
       ValueError: sizes that the mesh does not divide, or a program that cannot fit.
     """
-    model, train = model_of(cfg), cfg.train
+    model, train = model_of(cfg, config), cfg.train
     work = build_work(cfg, model, mesh)
     compiled = compile_work(work, mesh)
     slots = train.seq_len if model.kv.capacity is None else None
@@ -80,7 +83,23 @@ def report(cfg: RunConfig, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:
     attention = passes * attention_flops(
         model.config, model.kv, "forward", train.batch_size, train.seq_len, train.seq_len
     )
-    return analyse(compiled, work.argument_names(), chip, mesh.size, flops, attention, is_cache)
+    found = analyse(compiled, work.argument_names(), chip, mesh.size, flops, attention, is_cache)
+    parts = train.accumulation(mesh.shape["data"] * mesh.shape["fsdp"])
+    return found | {"weight_gathers": weight_gathers(found["all_gathers"], parts)}
+
+
+def weight_gathers(gathers: Sequence[dict[str, Any]], parts: int) -> dict[str, dict[str, float]]:
+    """How often each weight is gathered in one of `parts` micro-batches, {path: {"forward": n,
+    "backward": m}}; what is gathered once for all of them has 1/parts forward."""
+    counts: dict[str, dict[str, float]] = {}
+    for gather in gathers:
+        if gather["origin"] == "computed":
+            continue
+        # By this word jax names what the backward pass does, recomputation included.
+        passing = "backward" if "transpose(" in gather["op_name"] else "forward"
+        weight = counts.setdefault(gather["origin"], {"forward": 0.0, "backward": 0.0})
+        weight[passing] += gather["runs"] / parts
+    return counts
 
 
 def _on(tree: Any, shardings: Any) -> Any:

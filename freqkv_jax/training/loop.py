@@ -88,7 +88,9 @@ def train(cfg: RunConfig) -> int:
         saved.wait()
         export(cfg, folder, setup, state, frozen)
         folder.write(FINISHED, json.dumps({"step": cfg.train.steps}) + "\n")
-        note(f"done: {cfg.train.steps} steps in {folder.path}")
+        share = record.wait_share
+        waited = "" if share is None else f"; {share:.2%} of the steps' time was waiting for data"
+        note(f"done: {cfg.train.steps} steps in {folder.path}{waited}")
     return 0
 
 

@@ -44,6 +44,7 @@ class Recorder:
         self._pending: list[tuple[int, Any, float]] = []
         self._clock: float | None = None  # when the last step ended; None: behind a pause
         self._begun = self._drawn = time.monotonic()
+        self._waited = self._stepped = 0.0  # seconds, over the steps whose time is known
 
     def __enter__(self) -> "Recorder":
         return self
@@ -85,6 +86,7 @@ class Recorder:
         self._clock = now
         speed = mfu = None
         if seconds is not None:
+            self._waited, self._stepped = self._waited + waited, self._stepped + seconds
             speed = round(self.tokens / seconds, 1)
             mfu = self.flops / (seconds * self.peak_flops) if self.peak_flops else None
         values = (
@@ -104,6 +106,12 @@ class Recorder:
             self.wandb.scalars(step, record)
         self.progress.update(record)
         return record | {"finite": bool(got["finite"])}
+
+    @property
+    def wait_share(self) -> float | None:
+        """Share of the steps' time in which this host waited for data (the device at most so
+        long: it works meanwhile on the step before); None before a second step."""
+        return self._waited / self._stepped if self._stepped else None
 
     def pause(self) -> None:
         """Something else than steps took time: the next step's begins with its `begin`."""

@@ -24,7 +24,7 @@ from freqkv_jax.training.rows import RowSource
 from freqkv_jax.training.rundir import RunDir
 from freqkv_jax.training.schema import RunConfig
 from freqkv_jax.training.step import init_state, make_train_step, state_shardings
-from freqkv_jax.training.trainable import lora_scale
+from freqkv_jax.training.trainable import is_trained, lora_scale
 
 
 @dataclass
@@ -87,7 +87,11 @@ def prepare(cfg: RunConfig, folder: RunDir) -> Setup:
 
 
 def first_state(cfg: RunConfig, setup: Setup) -> tuple[Any, Any]:
-    """(state, frozen) before the first step: weights read, adapters and moments made."""
+    """(state, frozen) before the first step: weights read, adapters and moments made.
+
+    What is trained is read in float32, so that masters have the file's values, the rest in
+    model.dtype; there is one copy of each.
+    """
     model, mesh = setup.model, setup.mesh
     if is_shape(cfg.model.path):
         params = init_params(model, cfg.run.seed, mesh)
@@ -98,9 +102,10 @@ def first_state(cfg: RunConfig, setup: Setup) -> tuple[Any, Any]:
             dtype=cfg.model.dtype,
             mesh=mesh,
             attention=cfg.model.attention,
+            float32=lambda path: is_trained(cfg.train, path),
             **({} if cfg.model.adapter is None else {"adapter": cfg.model.adapter}),
         )
-    return init_state(cfg, model, params, mesh)
+    return init_state(cfg, model, params, mesh, own=True)
 
 
 def abstract_of(state: Any, mesh: Mesh) -> Any:

@@ -52,15 +52,16 @@ class TrainState:
 
 
 def init_state(
-    cfg: "RunConfig", model: Llama, params: Any, mesh: Mesh | None = None
+    cfg: "RunConfig", model: Llama, params: Any, mesh: Mesh | None = None, own: bool = False
 ) -> tuple[TrainState, Any]:
     """(state of step 0, frozen weights), placed on `mesh` if one is given.
 
     Args:
-      params: the base, on the mesh already or not. Its arrays are not donated.
+      params: the base, on the mesh already or not. Its arrays are not donated, unless `own` gives
+        them away: then float32 masters are its arrays and no copies.
     """
     adapters = fresh_adapters(model.config, cfg.train, cfg.run.seed, mesh)
-    trainable, frozen = split(cfg.train, params, model.dtype, adapters)
+    trainable, frozen = split(cfg.train, params, model.dtype, adapters, copy=not own)
     optimizer, _ = make_optimizer(cfg.optimizer, cfg.train.steps)
     if mesh is None:
         return TrainState(jnp.int32(0), trainable, jax.jit(optimizer.init)(trainable)), frozen

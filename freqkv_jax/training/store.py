@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from freqkv_jax.training.paths import BLOCK_BYTES, Watch, file_sha256, path_of
+from freqkv_jax.training.paths import BLOCK_BYTES, Watch, edges_sha256, file_sha256, path_of
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 INDEX = "tokens.json"
@@ -286,9 +286,13 @@ def _open_shard(folder: Any, name: str, about: dict[str, Any]) -> Shard:
             raise ValueError(f"{file} is missing; give the same freqkv tokenize command again")
         stat = file.stat()
         size = getattr(stat, "st_size", None) or getattr(stat, "length", 0)
-        # The digest of a large shard would take minutes of a start; its size tells most damage.
-        small = size <= BLOCK_BYTES
-        if size != about["num_tokens"] * item or (small and file_sha256(file) != digest):
+        # Hashing a large shard would take minutes of a start: its size and edges are compared.
+        damaged = size != about["num_tokens"] * item
+        if not damaged and size <= BLOCK_BYTES:
+            damaged = file_sha256(file) != digest
+        elif not damaged and file is path and "edges_sha256" in about:
+            damaged = edges_sha256(file) != about["edges_sha256"]
+        if damaged:
             raise ValueError(
                 f"{file} is damaged (not the {about['num_tokens']:,} tokens that {name}.json tells"
                 " of); delete it and its .json and give the same freqkv tokenize command again"

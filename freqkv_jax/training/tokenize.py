@@ -17,6 +17,7 @@ import numpy as np
 
 from freqkv_jax.files import write_text, write_whole
 from freqkv_jax.training.documents import encode_records, tokenizer_sha256, vocabulary_sha256
+from freqkv_jax.training.paths import edges_sha256
 from freqkv_jax.training.records import Record, read_records
 from freqkv_jax.training.store import DTYPES, FORMAT, INDEX, dtype_for, read_json
 
@@ -176,6 +177,7 @@ def _make_shard(
         "num_documents": len(documents),
         "max_token": int(tokens.max()) if len(tokens) else -1,
         "sha256": hashlib.sha256(raw).hexdigest(),
+        "edges_sha256": edges_sha256(folder / f"{batch.name}.bin"),
         "answers_sha256": None if flags is None else hashlib.sha256(flags).hexdigest(),
         "offsets": np.cumsum([0, *(len(d[0]) for d in documents)]).tolist(),
     }

@@ -43,20 +43,21 @@ def lora_scale(train: "TrainSection") -> float:
 
 
 def split(
-    train: "TrainSection", params: Any, dtype: str, lora_tree: Any = None
+    train: "TrainSection", params: Any, dtype: str, lora_tree: Any = None, copy: bool = True
 ) -> tuple[dict[str, Any], Any]:
     """(trainable, frozen) of a parameter tree.
 
     Args:
       dtype: of the frozen weights.
       lora_tree: the adapters; empty where the mode has none.
+      copy: masters are never the arrays of `params`, which may then be used on.
     """
 
     def chosen(path: tuple[Any, ...], x: Array) -> bool:
         return is_trained(train, tree_path(path))
 
     mask = jax.tree_util.tree_map_with_path(chosen, params)
-    masters = _keep(params, mask, True, lambda x: _cast(x, jnp.float32, copy=True))
+    masters = _keep(params, mask, True, lambda x: _cast(x, jnp.float32, copy))
     frozen = _keep(params, mask, False, lambda x: _cast(x, jnp.dtype(dtype)))
     return {"lora": lora_tree or {}, "params": masters}, frozen
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
@@ -23,6 +24,7 @@ def load_pretrained(
     mesh: Mesh | None = None,
     attention: str = "auto",
     adapter: str | os.PathLike[str] | None = None,
+    float32: Callable[[str], bool] = lambda path: False,
 ) -> tuple[Llama, Any]:
     """Loads a model.
 
@@ -34,6 +36,8 @@ def load_pretrained(
       mesh: spreads the weights by `sharding.RULES`; each host reads only what it holds.
       attention: back end.
       adapter: a PEFT adapter directory (LoRA), merged into the weights.
+      float32: of a weight's path ("norm/scale"), whether it alone is kept in float32: what is to
+        be trained loses nothing of a float32 file.
 
     Returns:
       The model and its parameters.
@@ -47,7 +51,7 @@ def load_pretrained(
     check_model_options(dtype, attention)
     source = open_source(path)
     policy = kv or source.policy or FreqKVConfig()
-    params = load_params(source, dtype, mesh)
+    params = load_params(source, dtype, mesh, float32=float32)
     _warn_beyond_window(source.config, policy)
     model = Llama(source.config, policy, dtype, attention)
     return model, params if adapter is None else merge_adapter(adapter, model, params)

@@ -64,9 +64,16 @@ def stored_dtype(source: Source) -> str:
 
 
 def load_params(
-    source: Source, dtype: str, mesh: Mesh | None = None, on_progress: OnProgress | None = None
+    source: Source,
+    dtype: str,
+    mesh: Mesh | None = None,
+    on_progress: OnProgress | None = None,
+    float32: Callable[[str], bool] = lambda path: False,
 ) -> dict[str, Any]:
     """The parameter tree in `dtype`; on a mesh, each host reads only the slices that it holds.
+
+    Args:
+      float32: of a weight's path, whether it is kept in float32 instead.
 
     Raises:
       ValueError: damaged files, tensors that are not those of the config, or a mesh that does not
@@ -74,7 +81,10 @@ def load_params(
       MemoryError: the weights do not fit.
     """
     pairs = match(source.tensors(), source.config, source.names, source.path)
-    shapes = nest({t.path: jax.ShapeDtypeStruct(t.shape, jnp.dtype(dtype)) for t, _ in pairs})
+    dtypes = {t.path: "float32" if float32(t.path) else dtype for t, _ in pairs}
+    shapes = nest(
+        {t.path: jax.ShapeDtypeStruct(t.shape, jnp.dtype(dtypes[t.path])) for t, _ in pairs}
+    )
     shardings = None
     if mesh is not None:
         check_mesh(source.config, mesh)
@@ -87,7 +97,7 @@ def load_params(
             sharding = shardings
             for part in target.path.split("/"):
                 sharding = sharding[part]
-        leaves[target.path] = _place(target, stored, dtype, sharding)
+        leaves[target.path] = _place(target, stored, dtypes[target.path], sharding)
         if on_progress is not None:
             on_progress(done)
     return nest(leaves)

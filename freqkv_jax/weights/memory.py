@@ -5,26 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 
 def check_memory(shapes: Any, dtype: str, shardings: Any = None) -> None:
     """Raises MemoryError if weights of these shapes exceed the free memory of a device or host.
 
     Args:
-      shapes: tree of ShapeDtypeStruct. shardings: tree of NamedSharding, or None for one device.
+      shapes: tree of ShapeDtypeStruct. dtype: what the message calls theirs.
+      shardings: tree of NamedSharding, or None for one device.
     """
-    itemsize = jnp.dtype(dtype).itemsize
     leaves = jax.tree.leaves(shapes)
-    total = sum(math.prod(leaf.shape) for leaf in leaves) * itemsize
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     if shardings is None:
         devices = [jax.local_devices()[0]]
         share = total
     else:
         placed = jax.tree.leaves(shardings)
         devices = placed[0].mesh.local_devices
-        share = itemsize * sum(
-            math.prod(sharding.shard_shape(leaf.shape))
+        share = sum(
+            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf, sharding in zip(leaves, placed, strict=True)
         )
     on_cpu = devices[0].platform == "cpu"

@@ -232,7 +232,7 @@ def test_text_is_tokenised_once(tmp_path, tokenizer, monkeypatch):
         again.rows(np.arange(1))
 
 
-def test_token_folder(tmp_path, tokenizer):
+def test_token_folder(tmp_path, tokenizer, monkeypatch):
     records = [{"text": f"text number {i} " * (i + 1)} for i in range(12)]
     file = write_lines(tmp_path / "a.jsonl", records)
     job = Job(((str(file), "jsonl"),), shard_chars=300)
@@ -257,6 +257,12 @@ def test_token_folder(tmp_path, tokenizer):
     shard.write_bytes(raw[:-2] + b"\x01\x00")
     with pytest.raises(ValueError, match=r"00001\.bin is damaged"):
         opened(folder, tokenizer)
+    # Of a large shard the edges are compared, not the whole.
+    monkeypatch.setattr("freqkv_jax.training.store.BLOCK_BYTES", 8)
+    with pytest.raises(ValueError, match=r"00001\.bin is damaged"):
+        opened(folder, tokenizer)
+    shard.write_bytes(raw)
+    opened(folder, tokenizer)
     shard.unlink()
     with pytest.raises(ValueError, match=r"00001\.bin is missing"):
         opened(folder, tokenizer)
