@@ -77,10 +77,10 @@ def read_scores(
     state: KVState,
     counts: Int[Array, "B"],
     kind: str,
-) -> tuple[Float[Array, "B T"], KVState]:
-    """`read`, turning the hidden states into log-probabilities of `targets`."""
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], KVState]:
+    """`read`, turning the hidden states into what `log_probs` says of `targets`."""
     hidden, state = read(model, variables, tokens, state, counts, kind)
-    return log_probs(model, variables, hidden, targets), state
+    return *log_probs(model, variables, hidden, targets), state
 
 
 def log_probs(
@@ -88,8 +88,9 @@ def log_probs(
     variables: Variables,
     hidden: Float[Array, "B T E"],
     targets: Int[Array, "B T"],
-) -> Float[Array, "B T"]:
-    """log p of every target, float32; at most LOGITS_AT_ONCE logits exist at a time.
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """log p of every target, float32, and whether none is likelier; at most LOGITS_AT_ONCE logits
+    exist at a time.
 
     Blocks are cut along T only, their length by the vocabulary: cutting the vocabulary itself
     would gather it where it is sharded.
@@ -106,15 +107,19 @@ def log_probs(
         lambda xs: _log_probs(model, variables, *xs),
         (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)),
     )
-    return jnp.moveaxis(parts, 0, 1).reshape(batch, -1)[:, :length]
+    logp, best = (jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in parts)
+    return logp, best
 
 
-def _log_probs(model: Llama, variables: Variables, hidden: Array, targets: Array) -> Array:
+def _log_probs(
+    model: Llama, variables: Variables, hidden: Array, targets: Array
+) -> tuple[Array, Array]:
     logits = _apply(model, variables, hidden, method="logits")
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     # A masked sum, not a gather: it stays local where the vocabulary is sharded.
     chosen = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    best = chosen >= jnp.max(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1), best
 
 
 def make_room(

@@ -199,7 +199,7 @@ def compiled(program: Callable[..., Any], mesh: Mesh | None, kv: KVPolicy) -> Ca
         whole = NamedSharding(mesh, P())
         options["out_shardings"] = {
             programs.read_last: (rows, state),
-            programs.read_scores: (whole, state),
+            programs.read_scores: (whole, whole, state),
             programs.make_room: state,
             programs.decode_steps: (whole, rows, state),
             programs.head: rows,

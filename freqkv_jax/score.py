@@ -38,6 +38,22 @@ def score(
     Raises:
       ValueError: bad tokens, lengths or state. TypeError: called under jit.
     """
+    return jnp.asarray(
+        score_greedy(model, params, tokens, lengths, state, block_len, on_progress)[0]
+    )
+
+
+def score_greedy(
+    model: Llama,
+    params: Mapping[str, Any],
+    tokens: Any,
+    lengths: Any = None,
+    state: KVState | None = None,
+    block_len: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`score`, and whether each token is the most likely one: float32 and bool [B, T-1], on the
+    host; False behind a row's length."""
     ids, counts = checked_tokens(model, tokens, lengths)
     batch, length = ids.shape
     run = Runner(model, params, batch)
@@ -47,7 +63,7 @@ def score(
     parts = []
     # Every token but the last is read: its hidden state gives the one after it.
     for step, ready in run.steps(state, counts - 1, block_len):
-        got, state = run(
+        got, best, state = run(
             programs.read_scores,
             cut(ids, step),
             cut(ids, step, shift=1),
@@ -55,12 +71,12 @@ def score(
             step.counts.astype(np.int32),
             kind=step.kind,
         )
-        parts.append((step, got))
+        parts.append((step, got, best))
         report(on_progress, step, counts - 1, got)
-    out = np.zeros((batch, length - 1), np.float32)
-    for step, got in parts:
-        values = np.asarray(got)
-        for row in np.flatnonzero(step.counts):
-            start, count = step.offsets[row], step.counts[row]
-            out[row, start : start + count] = values[row, :count]
-    return jnp.asarray(out)
+    out = np.zeros((batch, length - 1), np.float32), np.zeros((batch, length - 1), bool)
+    for step, *got in parts:
+        for target, values in zip(out, map(np.asarray, got), strict=True):
+            for row in np.flatnonzero(step.counts):
+                start, count = step.offsets[row], step.counts[row]
+                target[row, start : start + count] = values[row, :count]
+    return out

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "generate": "continue a text, or chat, in the terminal",
     "eval": "measure a model: perplexity of long text",
+    "report": "put results side by side: tables, plots, one HTML page",
     "info": "print what a model is and what its cache will cost",
     "convert": "write any readable model as a Hugging Face directory",
     "train": "fine-tune a model as a config says",

@@ -1,118 +1,322 @@
-"""`freqkv eval TASK`: measures a model and writes one JSON file."""
+"""`freqkv eval TASK`: measures a model and writes one JSON file; `--suite` runs a grid of them."""
 
 import argparse
+import inspect
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from freqkv_jax.cli.common import (
+    DTYPES,
+    MODEL_HELP,
     add_model_arguments,
     add_policy_arguments,
+    default_dtype,
     describe_policy,
+    enable_compile_cache,
     load_model,
     note,
+    parse_mesh,
     size_text,
 )
 
-DESCRIPTION = "Measures a model. `freqkv eval TASK --help` explains a task and its flags."
-PERPLEXITY = """\
-Perplexity of one long text, in windows of --seq-len tokens that start every --stride tokens and
-are scored each from an empty cache. --data is a .bin file of token ids (uint16 or uint32, no
-header; the model then needs no tokenizer) or a UTF-8 text."""
-PERPLEXITY_EXAMPLE = """\
-example:
-  python eval.py perplexity --model MODEL --data book.txt --seq-len 8192 --max-windows 4 \\
-    --cache-size 2048 --policy freqkv --output result.json"""
+DESCRIPTION = """\
+Measures a model. `freqkv eval TASK --help` explains a task and its flags.
+
+With --output a run that was stopped goes on when the same command is given again. --suite runs
+what a YAML file lists (or a packaged suite): a result file for each cell; it skips what is done."""
+EPILOG = """\
+examples:
+  freqkv eval perplexity --model MODEL --data book.txt --seq-len 8192 --max-windows 4 \\
+    --cache-size 2048 --policy freqkv --output result.json
+  freqkv eval --suite small --model MODEL --output results/small --set data=book.txt"""
+MARKS = {
+    "nothing_compressed": "no compression: every text fits the cache",
+    "beyond_native_window": "positions beyond the window that the model was trained for",
+}
+
+
+class TaskParser(argparse.ArgumentParser):
+    """A parser that is filled when it is used, so that one task's module is loaded, not all; and
+    that names the nearest flag to an unknown one."""
+
+    fill: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.fill is not None:
+            fill, self.fill = self.fill, None
+            fill(self)
+        found, extra = super().parse_known_args(args, namespace)
+        for word in extra:
+            if word.startswith("--"):
+                from freqkv_jax.evals.registry import nearest
+
+                flag = word.partition("=")[0]
+                self.error(f"unknown flag {flag}{nearest(flag, self._option_string_actions)}")
+        return found, extra
+
+
+class _ChooseTask(argparse._SubParsersAction):
+    """Names the nearest task to an unknown one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values[0] not in self._name_parser_map:
+            from freqkv_jax.evals.registry import nearest
+
+            raise argparse.ArgumentError(
+                None, f"no task is named {values[0]!r}{nearest(values[0], self._name_parser_map)}"
+            )
+        super().__call__(parser, namespace, values, option_string)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the tasks and their flags."""
-    parser.description = DESCRIPTION
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    child = tasks.add_parser(
-        "perplexity",
-        help="perplexity of long text",
-        description=PERPLEXITY,
-        epilog=PERPLEXITY_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    from freqkv_jax.evals.registry import SUMMARIES, TASKS
+
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    tasks = parser.add_subparsers(
+        dest="eval_task", metavar="TASK", parser_class=TaskParser, action=_ChooseTask
     )
+    for name in TASKS:
+        child = tasks.add_parser(
+            name,
+            help=SUMMARIES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        child.fill = lambda child, name=name: _add_task_flags(child, name)
+        child.set_defaults(handler=_run_one)
+    # The action itself says what is wrong, better.
+    tasks.choices = None  # pyright: ignore[reportAttributeAccessIssue]
+    _add_suite_flags(parser)
+
+
+def _add_task_flags(child: argparse.ArgumentParser, name: str) -> None:
+    from freqkv_jax.evals.options import add_options
+    from freqkv_jax.evals.registry import task_class
+
+    cls = task_class(name)
+    child.description = inspect.getdoc(cls)
     child.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
     add_model_arguments(child)
-    child.add_argument("--data", required=True, metavar="FILE", help=".bin token ids, or text")
-    child.add_argument("--token-dtype", choices=("uint16", "uint32"), help="of a .bin file")
-    child.add_argument("--seq-len", type=int, default=8192, help="tokens a window (8192)")
-    child.add_argument("--stride", type=int, default=256, help="from window to window (256)")
-    child.add_argument("--max-windows", type=int, help="so many, evenly spaced (default: all)")
-    child.add_argument("--batch-size", type=int, default=1, help="windows scored at once (1)")
-    child.add_argument("--output", metavar="FILE.json", help="where to write the result")
+    child.add_argument("--batch-size", type=int, default=1, help="texts run together (1)")
+    _add_run_flags(child, "FILE.json", "where to write the result")
+    add_options(child, cls)
     add_policy_arguments(child)
 
 
+def _add_run_flags(parser: Any, metavar: str, output_help: str) -> None:
+    parser.add_argument(
+        "--limit", type=int, metavar="K", help="at most so many samples of a kind (default: all)"
+    )
+    parser.add_argument("--output", metavar=metavar, help=output_help)
+    parser.add_argument(
+        "--force", action="store_true", help="replace what --output holds, and measure it again"
+    )
+
+
+def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a suite instead of a TASK")
+    group.add_argument("--suite", metavar="FILE.yaml", help="a file, or a packaged suite's name")
+    group.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="options of the suite's tasks, e.g. data=book.txt",
+    )
+    group.add_argument("--model", metavar="PATH", help=MODEL_HELP)
+    group.add_argument("--adapter", metavar="DIR", help="PEFT adapter directory (LoRA)")
+    group.add_argument("--dtype", choices=DTYPES)
+    group.add_argument("--mesh", metavar="data=A,fsdp=B,tensor=C")
+    group.add_argument("--batch-size", type=int, help="texts run together")
+    _add_run_flags(group, "FOLDER", "of the result files (default: what the suite says)")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Runs the chosen task."""
-    return {"perplexity": _perplexity}[args.task](args)
+    """Runs the chosen task, or a suite."""
+    if args.eval_task is not None:
+        return args.handler(args)
+    if args.suite is None:
+        from freqkv_jax.evals.registry import TASKS
+
+        raise ValueError(f"give a TASK ({', '.join(TASKS)}) or --suite FILE.yaml")
+    return _run_suite(args)
 
 
-def _perplexity(args: argparse.Namespace) -> int:
+def _run_one(args: argparse.Namespace) -> int:
     import jax
 
     import freqkv_jax as fk
-    from freqkv_jax.evals import data, perplexity, result
-    from freqkv_jax.evals.progress import progress
+    from freqkv_jax.evals import drive, options, registry, result
+    from freqkv_jax.evals.engine import ModelEngine
 
+    cls = registry.task_class(args.eval_task)
+    task = options.build_task(cls, options.given_options(cls, args))
+    settings = drive.Run(
+        model_path=args.model,
+        adapter=args.adapter,
+        mesh=args.mesh,
+        command=args.command_line,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        output=args.output,
+        force=args.force,
+        note=note,
+    )
     if args.output:
         result.check_output(args.output)
     model, params = load_model(args)
-    stream = data.load_tokens(
-        args.data, model.config.vocab_size, args.token_dtype, lambda: fk.load_tokenizer(args.model)
-    )
-    record = {
-        "task": "perplexity",
-        "protocol": perplexity.PROTOCOL,
-        "config": {
-            "model_path": args.model,
-            "adapter": args.adapter,
-            "seq_len": args.seq_len,
-            "stride": args.stride,
-            "max_windows": args.max_windows,
-            "batch_size": args.batch_size,
-            "mesh": args.mesh,
-            **perplexity.describe_model(model),
-        },
-        "model_fingerprint": result.model_fingerprint(args.model),
-        "data": stream.describe(),
-        **result.environment(args.command_line),
-    }
-    starts = data.window_starts(len(stream.tokens), args.seq_len, args.stride, args.max_windows)
-    note(f"policy: {describe_policy(model.kv)}; {len(starts)} windows of {args.seq_len} tokens")
-    with progress("scoring", len(starts)) as update:
-        measured = perplexity.perplexity(
-            model,
-            params,
-            stream.tokens,
-            args.seq_len,
-            args.stride,
-            args.max_windows,
-            args.batch_size,
-            on_progress=lambda done, total: update(done),
-        )
+    note(f"policy: {describe_policy(model.kv)}")
+    engine = ModelEngine(model, params, lambda: fk.load_tokenizer(args.model), args.batch_size)
+    measured = drive.run_task(task, engine, settings)
     if jax.process_index() == 0:
-        if args.output:
-            result.write_result(args.output, {**measured, **record})
-        _print_perplexity(measured, args.output)
+        print_result(measured, args.output)
     return 0
 
 
-def _print_perplexity(measured: dict, output: str | None) -> None:
+def _run_suite(args: argparse.Namespace) -> int:
+    import jax
+
+    from freqkv_jax.evals import suite
+
+    flags = {n: getattr(args, n) for n in suite.RUN_FLAGS if getattr(args, n) is not None}
+    text, name = suite.find_suite(args.suite)
+    found = suite.read_suite(text, name, flags, args.set)
+    folder = args.output or found.output
+    if not folder:
+        raise ValueError(f"{name} names no folder for its results; give --output FOLDER")
+    rows = suite.run_cells(found, _SuiteRunner(args), folder, note)
+    if jax.process_index() == 0:
+        print_table(
+            ["cell", "measure", "value", "remarks"],
+            [
+                [
+                    row["name"],
+                    row.get("headline", ""),
+                    f"{row['value']:.4f}" if "value" in row else "",
+                    _remarks(row),
+                ]
+                for row in rows
+            ],
+        )
+        print(f"written           {folder}")
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def _remarks(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"failed: {row['error']}"
+    failed = [f"{row['num_failed']} items failed"] if row.get("num_failed") else []
+    return "; ".join(failed + ["nothing compressed"] * row.get("nothing_compressed", False))
+
+
+class _SuiteRunner:
+    """Runs cells of a suite; the model of the last one is kept for the next."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.key: Any = None
+        self.model: Any = None
+        self.params: Any = None
+
+    def __call__(self, cell: Any, output: str) -> dict[str, Any]:
+        import freqkv_jax as fk
+        from freqkv_jax.evals import drive
+        from freqkv_jax.evals.engine import ModelEngine
+
+        flags = dict(cell.flags)
+        path, batch_size = flags["model"], flags.get("batch_size") or 1
+        settings = drive.Run(
+            model_path=path,
+            adapter=flags.get("adapter"),
+            mesh=flags.get("mesh"),
+            names={"model_name": cell.model_name, "policy_name": cell.policy_name},
+            command=self.args.command_line,
+            batch_size=batch_size,
+            limit=flags.get("limit"),
+            output=output,
+            force=self.args.force,
+            note=note,
+        )
+        self._load(cell, flags)
+        model = self.model if cell.kv is None else self.model.clone(kv=cell.kv)
+        engine = ModelEngine(model, self.params, lambda: fk.load_tokenizer(path), batch_size)
+        return drive.run_task(cell.task, engine, settings)
+
+    def _load(self, cell: Any, flags: dict[str, Any]) -> None:
+        if self.key == cell.model_key:
+            return
+        import freqkv_jax as fk
+
+        self.key = self.model = self.params = None  # the old one's memory is free before
+        enable_compile_cache()
+        mesh = fk.make_mesh(**parse_mesh(flags["mesh"])) if flags.get("mesh") else None
+        dtype = flags.get("dtype") or default_dtype()
+        note(f"loading {flags['model']} ({dtype})")
+        self.model, self.params = fk.load_pretrained(
+            flags["model"], dtype=dtype, mesh=mesh, adapter=flags.get("adapter")
+        )
+        self.key = cell.model_key
+
+
+def print_result(measured: dict[str, Any], output: str | None) -> None:
+    """What a run found, for people."""
+    if measured["task"] == "perplexity":
+        _print_perplexity(measured)
+    elif "table" in measured:
+        print_table(measured["table"]["columns"], measured["table"]["rows"])
+    if measured["num_failed"]:
+        print(f"failed            {measured['num_failed']} of {measured['num_items']} items")
+    print(f"KV cache          {size_text(measured['kv_bytes'])}")
+    print(f"tokens/s          {measured['tokens_per_second']:.1f}")
+    print(
+        f"seconds           {measured['seconds']:.1f} ({measured['compile_seconds']:.1f} compiling)"
+    )
+    for mark, words in MARKS.items():
+        if measured[mark]:
+            print(f"note              {words}")
+    if output:
+        print(f"written           {output}")
+    sys.stdout.flush()
+
+
+def _print_perplexity(measured: dict[str, Any]) -> None:
     error = measured["standard_error"]
     spread = f" (standard error {error:.4f})" if error is not None else ""
     print(f"perplexity        {measured['perplexity']:.4f}")
     print(f"mean loss         {measured['mean_loss']:.6f}{spread}")
+    print(f"last 1K tokens    {measured['last_1k_perplexity']:.4f}")
     print(f"windows           {measured['num_windows']}")
     rounds = measured["num_compressions"]
-    flag = "" if rounds else "  (no compression: every window fits the cache)"
-    print(f"compressions      {rounds} a window{flag}")
-    print(f"KV cache          {size_text(measured['kv_bytes'])}")
-    print(f"tokens/s          {measured['tokens_per_second']:.1f}")
-    if output:
-        print(f"written           {output}")
-    sys.stdout.flush()
+    if isinstance(rounds, dict):
+        rounds = f"{rounds['min']} to {rounds['max']} (mean {rounds['mean']:.1f})"
+    print(f"compressions      {rounds} a window")
+    if "document_losses" in measured:
+        print(f"mean of documents {measured['document_mean_perplexity']:.4f}")
+        columns = ("name", "num_tokens", "num_windows", "perplexity")
+        rows = [[_cell(row[c]) for c in columns] for row in measured["document_losses"]]
+        print_table(["document", "tokens", "windows", "perplexity"], rows)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A plain table: the first column to the left, numbers to the right."""
+    lines = [list(map(str, columns)), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for number, line in enumerate(lines):
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths))

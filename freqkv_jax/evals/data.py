@@ -1,20 +1,27 @@
 """Token streams for evaluation: flat token files and plain text."""
 
 import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 TOKEN_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+T = TypeVar("T")
 BLOCK_BYTES = 1 << 24  # a file is hashed and checked this much at a time
 
 
 class Encoder(Protocol):
-    """The one thing that reading text needs of a tokenizer."""
+    """What reading text needs of a tokenizer."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The begin token, if there is one."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
@@ -26,22 +33,29 @@ class TokenStream:
     """One long sequence of token ids and where it came from.
 
     `tokens` is a one-dimensional integer array (memory-mapped for token files), `sha256` the
-    digest of the file as it lies on disk, `token_dtype` None where the file was text.
+    digest of the file as it lies on disk (of names and texts for a folder), `token_dtype` None
+    where the file was text. `offsets`: where each document begins, and the end; None where that is
+    not known. `names`: of the documents of a folder.
     """
 
     tokens: np.ndarray
     path: str
     sha256: str
     token_dtype: str | None
+    offsets: tuple[int, ...] | None = None
+    names: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, object]:
         """What a result file says about the data."""
-        return {
+        about: dict[str, object] = {
             "path": self.path,
             "sha256": self.sha256,
             "num_tokens": len(self.tokens),
             "token_dtype": self.token_dtype,
         }
+        if self.offsets is not None:
+            about["num_documents"] = len(self.offsets) - 1
+        return about
 
 
 def load_tokens(
@@ -49,16 +63,20 @@ def load_tokens(
     vocab_size: int,
     token_dtype: str | None = None,
     tokenizer: Callable[[], Encoder] | None = None,
+    add_bos: bool = False,
 ) -> TokenStream:
-    """Reads a token stream from a file.
+    """Reads a token stream from a file or a folder of texts.
 
     Args:
-      path: `NAME.bin` is flat little-endian token ids without a header; any other name is UTF-8
-        text, encoded without special tokens.
+      path: `NAME.bin` is flat little-endian token ids without a header; `NAME.json` beside it may
+        say where documents begin ("offsets", the end included). Any other file is UTF-8 text, one
+        document; a folder's .txt and .md files are a document each, in the order of their names.
+        Text is encoded without special tokens.
       vocab_size: ids must be below it.
       token_dtype: "uint16" or "uint32" of a `.bin` file; None takes uint16 where the vocabulary
         fits (at most 65,536 ids), else uint32.
       tokenizer: called only when the file is text, so that token files need no tokenizer.
+      add_bos: whether the begin token is put before each text.
 
     Raises:
       FileNotFoundError: no such file.
@@ -66,9 +84,15 @@ def load_tokens(
         fit, ids outside the vocabulary, text that is not UTF-8, or no tokens at all.
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"--data {file} is not a file; give a .bin token file or a text")
-    if file.suffix == ".bin":
+    if not file.exists():
+        raise FileNotFoundError(
+            f"--data {file} is not a file; give a .bin token file, a text, or a folder of texts"
+        )
+    if file.suffix == ".bin" and file.is_file():
+        if add_bos:
+            raise ValueError(
+                f"--add-bos is for texts; {file.name} holds token ids, begin tokens included or not"
+            )
         return _load_token_file(file, vocab_size, token_dtype)
     if token_dtype is not None:
         raise ValueError(
@@ -77,17 +101,38 @@ def load_tokens(
         )
     if tokenizer is None:
         raise ValueError(f"{file.name} is text and needs a tokenizer; give a .bin token file")
-    raw = file.read_bytes()
+    files = _texts_of(file) if file.is_dir() else [file]
+    encoder = tokenizer()
+    begin = [encoder.bos_id] if add_bos else []
+    if begin == [None]:
+        raise ValueError("--add-bos: this model's tokenizer has no begin token; leave it out")
+    digest, parts = hashlib.sha256(), []
+    for text in files:
+        raw = text.read_bytes()
+        digest.update(raw if text == file else f"{text.name} {len(raw)}\n".encode() + raw)
+        tokens = np.asarray(begin + encoder.encode(_decoded(text, raw)), np.int32)
+        _check_ids(text, tokens, vocab_size)
+        parts.append(tokens)
+    offsets = tuple(np.cumsum([0, *map(len, parts)]).tolist())
+    names = tuple(text.name for text in files) if file.is_dir() else ()
+    return TokenStream(np.concatenate(parts), str(path), digest.hexdigest(), None, offsets, names)
+
+
+def _texts_of(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".txt", ".md") and p.is_file())
+    if not found:
+        raise FileNotFoundError(f"--data {folder} is a folder without .txt or .md files")
+    return found
+
+
+def _decoded(file: Path, raw: bytes) -> str:
     try:
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file.name} is not UTF-8 text (byte {error.start}); convert it, or name it .bin if"
             " it holds token ids"
         ) from None
-    tokens = np.asarray(tokenizer().encode(text), np.int32)
-    _check_ids(file, tokens, vocab_size)
-    return TokenStream(tokens, str(path), hashlib.sha256(raw).hexdigest(), None)
 
 
 def _load_token_file(file: Path, vocab_size: int, token_dtype: str | None) -> TokenStream:
@@ -115,7 +160,27 @@ def _load_token_file(file: Path, vocab_size: int, token_dtype: str | None) -> To
         block = tokens[start : start + step]
         digest.update(block.tobytes())
         _check_ids(file, block, vocab_size, start)
-    return TokenStream(tokens, str(file), digest.hexdigest(), name)
+    offsets = _offsets(file.with_suffix(".json"), len(tokens))
+    return TokenStream(tokens, str(file), digest.hexdigest(), name, offsets)
+
+
+def _offsets(sidecar: Path, num_tokens: int) -> tuple[int, ...] | None:
+    """Where documents begin, of the JSON file beside a token file; None where it says nothing."""
+    if not sidecar.is_file():
+        return None
+    try:
+        about = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{sidecar} is not JSON ({error}); mend or remove it") from None
+    offsets = about.get("offsets") if isinstance(about, dict) else None
+    if offsets is None:
+        return None
+    whole = isinstance(offsets, list) and all(type(place) is int for place in offsets)
+    if not whole or offsets[:1] != [0] or offsets[-1] != num_tokens or offsets != sorted(offsets):
+        raise ValueError(
+            f"{sidecar}: offsets must rise from 0 to the {num_tokens:,} tokens of the .bin file"
+        )
+    return tuple(offsets)
 
 
 def _check_ids(file: Path, tokens: np.ndarray, vocab_size: int, offset: int = 0) -> None:
@@ -153,7 +218,33 @@ def window_starts(
             " lower one of them or give a longer file"
         )
     starts = list(range(0, num_tokens - seq_len, stride))[:-1]
-    if max_windows is None or max_windows >= len(starts):
-        return starts
-    places = np.linspace(0, len(starts) - 1, max_windows).round().astype(int)
-    return [starts[place] for place in places]
+    return evenly(starts, max_windows)
+
+
+def evenly(values: list[T], count: int | None) -> list[T]:
+    """So many of the values, evenly spaced; all where there are no more, or for None."""
+    if count is None or count >= len(values):
+        return values
+    places = np.linspace(0, len(values) - 1, count).round().astype(int)
+    return [values[place] for place in places]
+
+
+def document_windows(
+    offsets: Sequence[int], seq_len: int, stride: int
+) -> list[tuple[int, int, int]]:
+    """Windows that stay within their document: (document, start, length) each.
+
+    A document of at most `seq_len` tokens is one window; of a longer one, all whole windows that
+    start every `stride` tokens. Documents of one token hold nothing to predict and are left out.
+    """
+    if seq_len < 2 or stride < 1:
+        raise ValueError(
+            f"--seq-len must be at least 2 and --stride at least 1, got {seq_len} and {stride}"
+        )
+    found = []
+    for number, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        length = min(seq_len, end - start)
+        if length >= 2:
+            starts = range(start, end - length + 1, stride)
+            found.extend((number, place, length) for place in starts)
+    return found

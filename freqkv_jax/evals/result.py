@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from freqkv_jax.files import write_text
+from freqkv_jax.kv.policy import policy_to_dict
+from freqkv_jax.model.llama import Llama
 
 PACKAGES = ("freqkv-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors", "gguf")
 EDGE_BYTES = 1 << 20
@@ -85,16 +87,19 @@ def _git(root: Path, *args: str) -> str:
 def model_fingerprint(path: str | os.PathLike[str]) -> str | None:
     """SHA-256 that tells one checkpoint from another without reading all of it.
 
-    Covers name, size, first and last MiB of each weight file, config.json and tokenizer.json.
+    Covers name, size, first and last MiB of each weight file, config.json and tokenizer.json; of
+    an adapter's folder, its weights and adapter_config.json.
     None where `path` is not on this disk (a hub id).
     """
     root = Path(path)
     if root.is_file():
         files = [root]
     elif root.is_dir():
-        names = ("config.json", "tokenizer.json")
+        names = ("config.json", "tokenizer.json", "adapter_config.json")
         beside = [root / name for name in names if (root / name).is_file()]
-        files = sorted([*root.glob("model*.safetensors"), *beside])
+        files = sorted(
+            [*root.glob("model*.safetensors"), *root.glob("adapter*.safetensors"), *beside]
+        )
     else:
         return None
     digest = hashlib.sha256()
@@ -106,3 +111,15 @@ def model_fingerprint(path: str | os.PathLike[str]) -> str | None:
             data.seek(max(0, size - EDGE_BYTES))
             digest.update(data.read(EDGE_BYTES))
     return digest.hexdigest()
+
+
+def describe_model(model: Llama) -> dict[str, Any]:
+    """What a result file says about model and policy."""
+    kept = getattr(model.kv, "keep", None)
+    span = getattr(model.kv, "span", None)
+    return {
+        "policy": policy_to_dict(model.kv),
+        "retain_ratio_effective": kept / span if kept is not None and span else None,
+        "dtype": model.dtype,
+        "model": model.config.to_hf(),
+    }

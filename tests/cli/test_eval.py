@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 
 from freqkv_jax.cli import main
 from freqkv_jax.config import LlamaConfig
+from freqkv_jax.evals.registry import TASKS
 from tests import oracle
 from tests.hf_names import to_params
 from tests.model_folder import VOCAB_SIZE
@@ -87,7 +89,7 @@ def test_text(model_folder, tmp_path, capsys):
              "--policy", "sink_window"]  # fmt: skip
     assert main(words) == 0
     out = capsys.readouterr()
-    assert "windows           1\n" in out.out and "1 windows of 60 tokens" in out.err
+    assert "windows           1\n" in out.out and "1 items of 60 tokens" in out.err
 
 
 def test_bfloat16(bare_folder, tokens, tmp_path, capsys):
@@ -106,6 +108,153 @@ BAD = {
     "ratio": (["--retain-ratio", "1.5"], "retain_ratio must be in [0, 1)"),
     "output": (["--output", "."], "is a folder; give a file name"),
 }
+
+
+def test_a_result_is_not_overwritten(bare_folder, tokens, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    words = [
+        "eval",
+        "perplexity",
+        "--model",
+        bare_folder,
+        "--data",
+        str(tmp_path / "tokens.bin"),
+        "--seq-len",
+        "60",
+        "--stride",
+        "16",
+        "--cache-size",
+        "24",
+        "--output",
+        str(output),
+    ]
+    assert main([*words, "--limit", "1"]) == 0
+    first, shown = output.read_text(), capsys.readouterr().out
+    assert main([*words, "--limit", "1"]) == 0
+    assert "holds this run's result already" in capsys.readouterr().err
+    assert output.read_text() == first and "windows           1\n" in shown
+    assert main(words) == 2
+    assert "is the result of another run" in capsys.readouterr().err
+    assert output.read_text() == first
+    assert main([*words, "--force"]) == 0
+    assert json.loads(output.read_text())["num_items"] == 3
+
+
+def test_documents_of_a_folder(model_folder, tmp_path, capsys):
+    for name, count in (("b.txt", 3), ("a.txt", 1)):
+        (tmp_path / name).write_text("A quick brown fox and a lazy dog. " * count)
+    words = ["eval", "perplexity", "--model", model_folder, "--data", str(tmp_path), "--documents",
+             "--seq-len", "60", "--stride", "40", "--cache-size", "24", "--add-bos",
+              "--output", str(tmp_path / "out.json")]  # fmt: skip
+    assert main(words) == 0
+    got = json.loads((tmp_path / "out.json").read_text())
+    rows = got["document_losses"]
+    assert [(r["name"], r["num_tokens"], r["num_windows"]) for r in rows] == [
+        ("a.txt", 35, 1), ("b.txt", 103, 2),
+    ]  # fmt: skip
+    assert got["data"]["num_documents"] == 2 and got["window_starts"] == [0, 35, 75]
+    out = capsys.readouterr().out
+    assert "a.txt" in out and "compressions      2 to 4 (mean 3.3) a window" in out
+
+
+SUITE = """
+common: {dtype: float32}
+models: {tiny: {}}
+policies:
+  freqkv: {cache_size: 24}
+  full: {policy: full}
+runs:
+  - {task: perplexity, options: {stride: 16}, grid: {seq_len: [60]}}
+  - {task: perplexity, name: long, policies: full, options: {stride: 16, seq_len: 500}}
+"""
+
+
+def test_suite(bare_folder, tokens, tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text(SUITE)
+    words = ["eval", "--suite", str(tmp_path / "my.yaml"), "--model", bare_folder, "--output",
+             str(tmp_path / "results"), "--set", f"data={tmp_path / 'tokens.bin'}"]  # fmt: skip
+    assert main(words) == 1, "one cell is longer than the text"
+    out = capsys.readouterr()
+    files = sorted((tmp_path / "results").iterdir())
+    assert [f.name for f in files] == [
+        "perplexity-tiny-freqkv-seq_len60.json", "perplexity-tiny-full-seq_len60.json",
+    ]  # fmt: skip
+    got = json.loads(files[0].read_text())
+    want = want_losses(bare_folder, oracle.OraclePolicy(24), tokens, [0, 16, 32], 60)
+    assert_close(got["window_losses"], want, LOSS)
+    assert got["config"]["policy_name"] == "freqkv" and got["config"]["model_name"] == "tiny"
+    table = {line.split()[0]: line for line in out.out.splitlines()}
+    assert f"{got['perplexity']:.4f}" in table["perplexity-tiny-freqkv-seq_len60"]
+    assert "nothing compressed" in table["perplexity-tiny-full-seq_len60"]
+    assert "failed: the data holds 110 tokens" in table["long-tiny-full"]
+    before = [file.read_bytes() for file in files]
+    assert main(words) == 1
+    assert capsys.readouterr().err.count("holds this run's result already") == 2
+    assert [file.read_bytes() for file in files] == before
+
+
+USAGE = {
+    "task": (["perplexty"], "no task is named 'perplexty'; did you mean 'perplexity'"),
+    "flag": (["perplexity", "--model", "m", "--data", "d", "--strid", "3"],
+             "unknown flag --strid; did you mean '--stride'"),
+    "flag with value": (["needle", "--model", "m", "--depth=3"], "did you mean '--depths'"),
+    "no data": (["perplexity", "--model", "m"], "required: --data"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage(case, capsys):
+    words, message = USAGE[case]
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", *words])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_help_of_every_task(task, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", task, "--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0 and "task options" in out and "--cache-size" in out
+
+
+def test_neither_task_nor_suite(capsys):
+    assert main(["eval"]) == 2
+    assert "give a TASK (perplexity, needle" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigkill_in_a_suite(bare_folder, tokens, tmp_path):
+    """Killed again and again, the suite ends with what an unbroken run gives."""
+    suite = SUITE.replace("seq_len: 500", "seq_len: 90").replace("stride: 16", "stride: 1")
+    (tmp_path / "my.yaml").write_text(suite)
+    env = os.environ | {"FREQKV_NO_COMPILE_CACHE": "1"}
+
+    def command(folder):
+        words = [sys.executable, "eval.py", "--suite", str(tmp_path / "my.yaml"), "--model",
+                 bare_folder, "--output", str(tmp_path / folder), "--set",
+                 f"data={tmp_path / 'tokens.bin'}"]  # fmt: skip
+        return subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                cwd=ROOT, env=env)  # fmt: skip
+
+    def lines():
+        files = (tmp_path / "b").glob("*.partial")
+        return sum(len(file.read_bytes().splitlines()) for file in files)
+
+    assert command("a").wait(300) == 0
+    for more in (5, 30):
+        start, process = lines(), command("b")
+        while process.poll() is None and lines() < start + more:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert list((tmp_path / "b").glob("*.partial")), "it was killed before its end"
+    assert command("b").wait(300) == 0
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        a, b = (json.loads((tmp_path / x / name).read_text()) for x in "ab")
+        assert a["records"] == b["records"] and a["mean_loss"] == b["mean_loss"]
 
 
 @pytest.mark.parametrize("case", BAD)

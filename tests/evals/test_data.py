@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from freqkv_jax.evals.data import load_tokens, window_starts
+from freqkv_jax.evals.data import document_windows, load_tokens, window_starts
 
 
 class Bytes:
     """A tokenizer whose ids are bytes."""
+
+    bos_id = None
 
     def encode(self, text):
         return list(text.encode())
@@ -118,3 +120,53 @@ def test_bad_text(tmp_path):
         load_tokens(file, 100, tokenizer=Bytes)
     with pytest.raises(OSError):
         load_tokens(tmp_path / "none.txt", 100, tokenizer=Bytes)
+
+
+class Begins(Bytes):
+    bos_id = 1
+
+
+def test_a_folder_of_texts(tmp_path):
+    for name, text in (("b.txt", "xyz"), ("a.md", "ab"), ("c.json", "{}")):
+        (tmp_path / name).write_text(text)
+    stream = load_tokens(tmp_path, 256, tokenizer=Begins)
+    assert stream.tokens.tolist() == list(b"abxyz")
+    assert stream.offsets == (0, 2, 5) and stream.names == ("a.md", "b.txt")
+    assert stream.describe()["num_documents"] == 2
+    begun = load_tokens(tmp_path, 256, tokenizer=Begins, add_bos=True)
+    assert begun.tokens.tolist() == [1, *b"ab", 1, *b"xyz"] and begun.offsets == (0, 3, 7)
+    # The same bytes, cut elsewhere, are other data.
+    (tmp_path / "a.md").write_text("abx")
+    (tmp_path / "b.txt").write_text("yz")
+    assert load_tokens(tmp_path, 256, tokenizer=Begins).sha256 != stream.sha256
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="folder without .txt or .md files"):
+        load_tokens(tmp_path / "empty", 256, tokenizer=Begins)
+    with pytest.raises(ValueError, match="has no begin token"):
+        load_tokens(tmp_path, 256, tokenizer=Bytes, add_bos=True)
+
+
+def test_a_token_file_with_documents(tmp_path):
+    file, beside = tmp_path / "a.bin", tmp_path / "a.json"
+    np.arange(5).astype("<u2").tofile(file)
+    assert load_tokens(file, 100).offsets is None
+    beside.write_text('{"offsets": [0, 2, 2, 5], "dtype": "uint16"}')
+    assert load_tokens(file, 100).offsets == (0, 2, 2, 5)
+    beside.write_text('{"tokenizer": "x"}')
+    assert load_tokens(file, 100).offsets is None
+    for bad in ("[0, 2]", "[1, 5]", "[0, 3, 2, 5]", '"x"', "[0, 2.5, 5]", "[]"):
+        beside.write_text(f'{{"offsets": {bad}}}')
+        with pytest.raises(ValueError, match=r"a.json: offsets must rise from 0 to the 5 tokens"):
+            load_tokens(file, 100)
+    beside.write_text("{")
+    with pytest.raises(ValueError, match="a.json is not JSON"):
+        load_tokens(file, 100)
+
+
+def test_windows_within_documents():
+    assert document_windows((0, 10, 11, 25), 8, 4) == [(0, 0, 8), (2, 11, 8), (2, 15, 8)]
+    assert document_windows((0, 8, 9), 8, 4) == [(0, 0, 8)]
+    assert document_windows((0, 5), 8, 4) == [(0, 0, 5)]
+    for seq_len, stride in ((1, 4), (8, 0)):
+        with pytest.raises(ValueError, match="--seq-len must be at least 2 and --stride"):
+            document_windows((0, 5), seq_len, stride)

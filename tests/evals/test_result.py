@@ -65,3 +65,11 @@ def test_fingerprint_tells_checkpoints_apart(tmp_path, monkeypatch):
     seen.add(result.model_fingerprint(tmp_path))
     assert len(seen) == 5
     assert result.model_fingerprint("some/hub-id") is None
+
+
+def test_fingerprint_of_an_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"0123")
+    first = result.model_fingerprint(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"0124")
+    assert result.model_fingerprint(tmp_path) != first

@@ -1,0 +1,41 @@
+"""The tasks by name. A task's module is loaded when the task is used."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+TASKS = {
+    "perplexity": "freqkv_jax.evals.perplexity:Perplexity",
+    "needle": "freqkv_jax.evals.needle:Needle",
+    "ruler": "freqkv_jax.evals.ruler:Ruler",
+    "longbench": "freqkv_jax.evals.longbench:LongBench",
+    "longgenbench": "freqkv_jax.evals.longgenbench:LongGenBench",
+    "cost": "freqkv_jax.evals.cost:Cost",
+    "spectrum": "freqkv_jax.evals.spectrum:Spectrum",
+}
+SUMMARIES = {
+    "perplexity": "perplexity of long text",
+    "needle": "find a sentence or a number hidden in a long text",
+    "ruler": "the 13 RULER tasks",
+    "longbench": "the 16 English LongBench tasks",
+    "longgenbench": "long answers that keep to a plan",
+    "cost": "time and memory against length",
+    "spectrum": "energy of keys and values over frequency",
+}
+
+
+def task_class(name: str) -> type[Any]:
+    """The class of a task; ValueError for an unknown name, with the nearest one."""
+    if name not in TASKS:
+        raise ValueError(f"no task is named {name!r}" + nearest(name, TASKS))
+    module, _, cls = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def nearest(given: Any, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest known one, and all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(given), known, 1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{hint} (allowed: {', '.join(known) or 'none'})"

@@ -1,0 +1,385 @@
+"""Reports of made-up results: who is compared with whom, what the intervals say, what is marked."""
+
+import importlib.resources
+import json
+import re
+
+import numpy as np
+import pytest
+
+from freqkv_jax.cli import main
+from freqkv_jax.evals import report, report_sections, report_stats
+from freqkv_jax.evals.report_blocks import (
+    Figure,
+    Heading,
+    Table,
+    bytes_text,
+    to_html,
+    to_markdown,
+)
+from freqkv_jax.evals.report_compare import Comparison, compare, difference_text, natural, series_of
+from freqkv_jax.evals.report_runs import Run, load_runs, policy_label
+from freqkv_jax.evals.report_stats import Difference, paired_difference
+from freqkv_jax.evals.suite import read_suite
+from tests.tiny import tiny_config
+from tests.tolerances import FLOAT64, assert_close
+
+MODEL = tiny_config().to_hf() | {"max_position_embeddings": 256}
+POLICIES = {
+    "full": {"policy": "full"},
+    "freqkv": {"policy": "freqkv", "cache_size": 64, "sink_size": 4, "recent_size": 0},
+    "window": {"policy": "sink_window", "cache_size": 64},
+    "large": {"policy": "freqkv", "cache_size": 128},
+}
+MEANS = {"full": 3.0, "freqkv": 3.2, "window": 3.1, "large": 3.05}
+
+
+def result(task, policy, records=(), **more):
+    config = {
+        "model_path": "/models/tiny", "adapter": None, "dtype": "float32", "batch_size": 2,
+        "policy": POLICIES[policy], "model": MODEL,
+    }  # fmt: skip
+    config |= more.pop("config", {})
+    return {
+        "task": task, "protocol": f"{task}-v1", "config": config, "data": {"sha256": "ab" * 32},
+        "records": list(records), "num_items": len(records), "num_failed": 0,
+        "num_compressions": {"min": 1, "mean": 1, "max": 1},
+        "device": {"kind": "cpu"}, "versions": {"freqkv-jax": "0.1.0"}, "seconds": 1.0,
+    } | more  # fmt: skip
+
+
+def perplexity(policy, seq_len=128, seed=1, offset=0.0, **more):
+    shared = np.random.default_rng(seq_len).normal(0, 0.3, 40)
+    own = np.random.default_rng([seed, len(policy)]).normal(0, 0.01, 40)
+    losses = (MEANS[policy] + offset + shared + own).tolist()
+    records = [
+        {"key": f"window/{i}", "start": i * seq_len, "length": seq_len, "loss": x}
+        for i, x in enumerate(losses)
+    ]
+    more = {"config": {"seq_len": seq_len, "stride": 64} | more.pop("config", {})} | more
+    more |= {"window_starts": [r["start"] for r in records]}
+    edges = [(1, 64), (64, seq_len)]
+    more["losses_by_position"] = [{"from": a, "to": b, "loss": 3.0} for a, b in edges]
+    return result("perplexity", policy, records, **more)
+
+
+def runs_of(*results):
+    return [Run(f"/results/{i}.json", data) for i, data in enumerate(results)]
+
+
+def only(comparisons) -> Comparison:
+    (comparison,) = comparisons
+    return comparison
+
+
+# Intervals
+
+
+def test_pairs_take_out_what_samples_have_in_common():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 10, 400)
+    ours = {"a": dict(zip(map(str, range(400)), hard + rng.normal(0.5, 0.1, 400), strict=True))}
+    theirs = {"a": dict(zip(map(str, range(400)), hard, strict=True))}
+    got = paired_difference(ours, theirs)
+    assert got.count == 400 and got.low < got.mean < got.high and got.is_clear
+    # The interval of a mean of 400 differences of standard deviation 0.1.
+    assert 0.8 < (got.high - got.low) / (2 * 1.96 * 0.1 / 20) < 1.2
+    assert abs(got.mean - 0.5) < 0.02
+    assert paired_difference(ours, theirs) == got, "the same samples give the same interval"
+
+
+def test_only_shared_samples_count_and_parts_count_alike():
+    ours = {"a": {"1": 1.0, "2": 5.0}, "b": {"1": 9.0}, "c": {"1": 100.0}}
+    theirs = {"a": {"1": 0.0, "2": 0.0, "3": 7.0}, "b": {"1": 1.0}}
+    got = paired_difference(ours, theirs)
+    assert (got.mean, got.count) == ((3 + 8) / 2, 3)
+    assert got.low is None and not got.is_clear, "three samples are too few for an interval"
+    assert paired_difference({"a": {"1": 1.0}}, {"a": {"2": 1.0}}) is None
+
+
+def test_windows_that_overlap_widen_the_interval():
+    walk = np.repeat(np.random.default_rng(1).normal(size=50), 8)
+    ours = {"a": {str(i): x for i, x in enumerate(walk)}}
+    theirs = {"a": dict.fromkeys(ours["a"], 0.0)}
+    alone, together = (paired_difference(ours, theirs, block) for block in (1, 8))
+    assert (together.high - together.low) > 2 * (alone.high - alone.low)
+    series = series_of(runs_of(perplexity("freqkv", config={"stride": 16}))[0])[0]
+    assert series.block == 1
+    overlapping = perplexity("freqkv")
+    overlapping["window_starts"] = [16 * i for i in range(40)]
+    assert series_of(runs_of(overlapping)[0])[0].block == 8
+    assert paired_difference(ours, theirs, 400).low is None, "one block is no sample"
+    # Neighbours that cancel out do so within a block.
+    signs = {"a": {str(i): (-1.0) ** i for i in range(400)}}
+    alone, together = (paired_difference(signs, theirs, block) for block in (1, 20))
+    assert together.high - together.low < 0.1 * (alone.high - alone.low)
+
+
+def test_resampling_in_pieces_is_the_same(monkeypatch):
+    pairs = np.arange(1000.0)
+    whole = report_stats._resampled_means(pairs, 1, 50, np.random.default_rng(0))
+    assert whole.shape == (50,) and abs(whole.mean() - 499.5) < 10
+
+
+# Who is compared with whom
+
+
+def test_perplexities_and_differences_in_percent():
+    comparison = only(compare(runs_of(*(perplexity(p) for p in POLICIES))))
+    table = comparison.values()
+    assert table.columns == ["policy", "KV bytes", "128"]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert list(rows)[0] == "full attention"
+    per_token = 2 * 2 * 2 * 8 * 4
+    assert rows["FreqKV N=64"][0] == bytes_text(64 * per_token)
+    assert rows["full attention"][0] == bytes_text(128 * per_token)
+    mean = np.mean([r["loss"] for r in perplexity("freqkv")["records"]])
+    assert rows["FreqKV N=64"][1] == f"{np.exp(mean):.2f}"
+    differences = {row[0]: row[1:] for row in comparison.differences().rows}
+    # FreqKV N=128 is the baseline of its size, which is that of full attention here.
+    assert set(differences) == {"full attention", "FreqKV N=64"}
+    against, text = differences["FreqKV N=64"]
+    assert against == "sink + window N=64" and "\u2260" not in text
+    assert 9.5 < float(text.split()[0]) < 11.5  # exp(0.1) - 1 in percent
+    assert differences["full attention"][0] == "FreqKV N=128"
+    assert "\u2260" not in differences["full attention"][1]
+
+
+def test_one_alone_at_its_size_is_compared_and_marked():
+    comparison = only(compare(runs_of(perplexity("full"), perplexity("window"))))
+    (row,) = comparison.differences().rows
+    assert row[:2] == ["full attention", "sink + window N=64"] and row[2].endswith("\u2260")
+    assert any("not of equal size" in note for note in comparison.differences().notes)
+    assert not list(comparison.verdicts()), "only equal sizes have a winner"
+
+
+def test_a_baseline_can_be_named():
+    runs = runs_of(*(perplexity(p) for p in ("full", "freqkv", "window")))
+    comparison = only(compare(runs, "full"))
+    assert {row[1] for row in comparison.differences().rows} == {"full attention"}
+    with pytest.raises(ValueError, match="no result has the baseline 'sink'"):
+        report.build(runs, baseline="sink")
+
+
+def test_verdicts_say_only_what_is_clear():
+    clear = only(compare(runs_of(perplexity("freqkv"), perplexity("window"))))
+    (line,) = clear.verdicts()
+    assert re.search(r"^16 KiB, 128 tokens: sink \+ window N=64 wins \(.*; -9\.\d+ % \[", line)
+    same = perplexity("window", offset=0.1, seed=5)
+    unclear = only(compare(runs_of(perplexity("freqkv"), same)))
+    (line,) = unclear.verdicts()
+    assert "no clear winner" in line
+    short = [perplexity(p) for p in ("freqkv", "window")]
+    for data in short:
+        data["records"] = data["records"][:3]
+    (line,) = only(compare(runs_of(*short))).verdicts()
+    assert "too few samples to tell" in line
+    apart = [perplexity(p) for p in ("freqkv", "window")]
+    for record in apart[0]["records"]:
+        record["key"] += "x"
+    (line,) = only(compare(runs_of(*apart))).verdicts()
+    assert "no samples are shared" in line
+
+
+def test_models_are_not_compared_with_each_other():
+    tuned = [perplexity(p, config={"model_name": "tuned"}) for p in ("freqkv", "window")]
+    plain = [perplexity(p, config={"model_name": "plain"}) for p in ("freqkv", "window")]
+    comparison = only(compare(runs_of(*tuned, *plain)))
+    pairs = {(row[0], row[1]) for row in comparison.differences().rows}
+    assert pairs == {
+        ("tuned: FreqKV N=64", "tuned: sink + window N=64"),
+        ("plain: FreqKV N=64", "plain: sink + window N=64"),
+    }
+    assert len(list(comparison.verdicts())) == 2
+
+
+def test_scores_by_part_and_length():
+    def ruler(policy, good):
+        records = [
+            {"key": f"{task}/{n}/{i}", "subtask": task, "length_target": n, "length": n - 3,
+             "score": float(i < good), "answer_compressions": [0, i]}
+            for task in ("vt", "cwe") for n in (1024, 512) for i in range(6)
+        ]  # fmt: skip
+        records.append({"key": "vt/512/6", "error": "no room", "score": 1.0})
+        return result("ruler", policy, records, config={"lengths": [512, 1024]})
+
+    comparison = only(compare(runs_of(ruler("freqkv", 2), ruler("window", 5))))
+    assert comparison.columns == ["512", "1K"]
+    assert comparison.values().rows[0][2:] == ["33.3", "33.3"]
+    assert comparison.differences().rows[0][2].startswith("-50.00 [")
+    parts = comparison.parts()
+    assert parts.rows == [["cwe", "33.3", "83.3"], ["vt", "33.3", "83.3"]]
+    assert comparison.cells["FreqKV N=64"]["512"].count == 12, "failed records are left out"
+    rounds = report_sections._by_rounds(comparison)
+    assert rounds.columns == ["policy", "0", "1", "2 to 3", "4 to 7"]
+    assert rounds.rows[1] == ["sink + window N=64", "100.0", "100.0", "100.0", "50.0"]
+    level = only(compare(runs_of(ruler("freqkv", 2), ruler("window", 2))))
+    assert all("are level (33.3)" in line for line in level.verdicts())
+
+
+# What is marked
+
+
+def test_marks_of_nothing_compressed_and_beyond_the_window():
+    idle = perplexity("freqkv", seq_len=64, nothing_compressed=True)
+    far = perplexity("full", seq_len=512)
+    table = only(compare(runs_of(idle, far))).values()
+    cells = {row[0]: row[2:] for row in table.rows}
+    assert cells["FreqKV N=64"][0].endswith("\u2020") and cells["full attention"][1].endswith(
+        "\u2021"
+    )
+    assert len(table.notes) == 2
+    never = perplexity("full", nothing_compressed=True)
+    assert not Run("x", never).nothing_compressed, "full attention has nothing to compress"
+    old = perplexity("freqkv", num_compressions=0)
+    assert Run("x", old).nothing_compressed
+    (line,) = report._warnings(runs_of(idle, never))
+    assert line.startswith("Nothing was compressed") and line.endswith(": 0.json.")
+
+
+def test_labels():
+    assert policy_label(POLICIES["freqkv"]) == "FreqKV N=64"
+    assert policy_label({"policy": "freqkv", "cache_size": 8, "retain_ratio": 0.25}) == (
+        "FreqKV N=8 ratio=0.25"
+    )
+    assert policy_label({"policy": "full"}) == "full attention"
+    assert policy_label({"policy": "of_tomorrow", "cache_size": 3}) == "of_tomorrow N=3"
+    run = Run("x", perplexity("freqkv", config={"policy_name": "ours", "adapter": "/a/lora"}))
+    assert run.policy_label == "ours" and run.model_label == "tiny + lora"
+    assert run.kv_bytes(100) == 64 * 256
+    unknown = Run("x", result("perplexity", "full", config={"policy": {"policy": "of_tomorrow"}}))
+    assert unknown.kv_bytes(100) is None and unknown.policy is None
+    assert sorted(["vt/10", "vt/9", "a"], key=natural) == ["a", "vt/9", "vt/10"]
+    assert bytes_text(94371840) == "90 MiB" and bytes_text(1023 * 1024, 3) == "1023 KiB"
+    assert difference_text(None) == "no shared samples"
+    assert difference_text(Difference(1.0, None, None, 2), "%") == "+1.00 % [few samples]"
+
+
+def test_unlike_settings_stand_in_tables_of_their_own():
+    other = perplexity("freqkv", config={"stride": 7})
+    blocks = report.build(runs_of(perplexity("freqkv"), other))
+    titles = [block.text for block in blocks if isinstance(block, Heading)]
+    assert "Perplexity of long text (stride=64)" in titles
+    assert "Perplexity of long text (stride=7)" in titles
+    lengths = report.build(runs_of(perplexity("freqkv"), perplexity("freqkv", seq_len=256)))
+    titles = [block.text for block in lengths if isinstance(block, Heading)]
+    assert titles.count("Perplexity of long text") == 1, "lengths are columns"
+
+
+# Files
+
+
+def test_reading_files_and_folders(tmp_path):
+    (tmp_path / "deep").mkdir()
+    good = tmp_path / "deep" / "a.json"
+    good.write_text(json.dumps(perplexity("freqkv")))
+    (tmp_path / "b.json").write_text('{"other": 1}')
+    (tmp_path / "c.json").write_text('{"torn')
+    assert [run.path for run in load_runs([tmp_path, good])] == [str(good)]
+    with pytest.raises(ValueError, match=r"b\.json is JSON but no result"):
+        load_runs([tmp_path / "b.json"])
+    with pytest.raises(ValueError, match=r"c\.json is not JSON"):
+        load_runs([tmp_path / "c.json"])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_runs([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no results in"):
+        load_runs([tmp_path / "empty"])
+
+
+def test_names_from_files_are_no_markup():
+    blocks = [
+        Heading(1, "a<b>"),
+        Table(["x|y", "n"], [["*_[`", "1"]], "c"),
+        Figure("f", 'say "hi" <', b"\x89PNG"),
+    ]
+    text = to_markdown(blocks)
+    assert "| x\\|y | n |" in text and "\\*\\_\\[\\`" in text and "(figures/f.png)" in text
+    assert "|---|---:|" in text
+    page = to_html("t<", blocks)
+    assert "<b>" not in page and "a&lt;b&gt;" in page and '<td class="n">1</td>' in page
+    assert "data:image/png;base64,iVBORw==" in page and "&quot;hi&quot;" in page
+
+
+def test_the_whole_report(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    values = {"exact": {"higher_is_better": True, "values": [[1.0, 0.5]]}}
+    needle = [
+        {"key": f"needle/{n}/0/{i}", "depth": 0, "length_target": n, "score": 0.5}
+        for n in (64, 256) for i in range(3)
+    ]  # fmt: skip
+    costs = [
+        {"tokens_read": n, "first_token_s": 0.1 * n, "ms_per_token": 1.0, "kv_bytes_measured": n,
+         "peak_bytes": None}
+        for n in (64, 128)
+    ]  # fmt: skip
+    shown = {"columns": ["tokens read"], "rows": [["64"], ["128"]]}
+    energy = np.full((2, 3, 2, 20), 1 / 20).tolist()
+    results = {
+        "ppl-1": perplexity("freqkv"),
+        "ppl-2": perplexity("window"),
+        "ppl-3": perplexity("full", seq_len=256),
+        "needle": result(
+            "needle", "freqkv", needle, num_failed=1,
+            grid={"lengths": [64, 256], "depths": [0], "default": "exact", "metrics": values},
+        ),
+        "cost": result("cost", "freqkv", costs, costs=costs, table=shown),
+        "spectrum": result(
+            "spectrum", "freqkv", energy=energy, kinds=["key", "key_rotated", "value"],
+            num_frequencies=20, kept_by_ratio={"0.5": np.full((2, 3, 2), 0.5).tolist()},
+            left_after={"energy": [1.0] * 9, "largest": [1.0] * 9, "slots": [1.0] * 9},
+        ),
+        "lm-eval": result("lm-eval", "freqkv", table={"columns": ["task"], "rows": [["arc"]]}),
+    }  # fmt: skip
+    for name, data in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    status = main(["report", str(folder), "--output", str(tmp_path / "out"), "--title", "Tiny"])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert "report.html" in said.out
+    text = (tmp_path / "out" / "report.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    pictures = re.findall(r"\]\((figures/\w+\.png)\)", text)
+    assert len(pictures) == len(set(pictures)) >= 9
+    for picture in pictures:
+        assert (tmp_path / "out" / picture).read_bytes()[:4] == b"\x89PNG"
+    assert page.count('src="data:image/png;base64,') == len(pictures)
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
+    for words in ("# Tiny", "## In short", "1 of 6 samples failed", "lm-eval", "| arc |"):
+        assert words in text, words
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 2
+    assert "neither a result file nor a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+SUITES = sorted(
+    file.name
+    for file in (importlib.resources.files("freqkv_jax") / "configs" / "suites").iterdir()
+    if file.name.endswith(".yaml")
+)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_packaged_suites_are_read(name):
+    file = importlib.resources.files("freqkv_jax") / "configs" / "suites" / name
+    text = file.read_text(encoding="utf-8")
+    flags = {} if name == "paper.yaml" else {"model": "MODEL"}
+    suite = read_suite(text, name, flags)
+    tasks = {cell.task.name for cell in suite.cells}
+    assert {"perplexity", "needle", "ruler", "cost", "spectrum"} <= tasks
+    if name == "paper.yaml":
+        assert {"longbench", "longgenbench"} <= tasks
+    assert text.startswith("# ") and "Command:" in text and "Time:" in text
+
+
+def test_means_are_those_of_the_records():
+    records = [{"key": f"a/{i}", "score": x} for i, x in enumerate((0.0, 1.0))]
+    records += [{"key": "b/0", "score": 1.0}]
+    (series,) = series_of(Run("x", result("of_tomorrow", "freqkv", records)))
+    assert_close(series.mean, 0.75, FLOAT64)
+    assert series.column == "all" and series.count == 3
