@@ -248,7 +248,8 @@ def fetch(source: Source, folder: Path) -> tuple[Path, str]:
                 opened.extractall(tree, filter="data")
         else:
             subprocess.run(["dpkg", "-x", archive, tree], check=True)
-    return tree, archive.name.removesuffix(".tar.gz").split("_")[-2 if "_" in archive.name else 0]
+    parts = re.split(r"[_-]" if source.pip else "_", archive.name.removesuffix(".tar.gz"))
+    return tree, parts[1]
 
 
 def documents(source: Source, tree: Path) -> Iterable[tuple[str, str]]:

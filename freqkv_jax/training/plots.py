@@ -44,7 +44,7 @@ def _held_out(axes: Any, records: Sequence[dict[str, Any]]) -> None:
             axes.plot(steps, values, marker="o", markersize=3, label=label)
             drawn = True
     if drawn:
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, frameon=False)
 
 
 def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

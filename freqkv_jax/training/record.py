@@ -74,15 +74,17 @@ class Recorder:
         self._pending.append((step, got, waited))
         records = []
         while len(self._pending) > (0 if all_of_them else 1):
-            records.append(self._write(*self._pending.pop(0)))
+            # The first step compiles. One that is waited for right behind another was at work
+            # long before that one was read here. Neither's time is known.
+            known = step > self.progress.first + 1 and not (all_of_them and records)
+            records.append(self._write(*self._pending.pop(0), known))
         return records
 
-    def _write(self, step: int, got: Any, waited: float) -> dict[str, Any]:
+    def _write(self, step: int, got: Any, waited: float, known: bool) -> dict[str, Any]:
         loss = float(got["loss"])  # waits for the device
         now = time.monotonic()
-        # The first step compiles, so it has no speed.
         start = self._clock if self._clock is not None else self._begun
-        seconds = None if step == self.progress.first + 1 else max(now - start, 1e-9)
+        seconds = max(now - start, 1e-9) if known else None
         self._clock = now
         speed = mfu = None
         if seconds is not None:
