@@ -19,6 +19,10 @@ from freqkv_jax.kv.state import KVState, empty_state, grown
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.sharding import BATCH_AXES, P, check_mesh, mesh_of
 
+# Weights up to so many bytes are copied into one array a block read, so that programs are compiled
+# for one layer: a 135M model's first prefill on a GPU compiled for 50 s. On a mesh never: there the
+# loop would move weights between devices that now stay.
+SCAN_BYTES = 1 << 30
 OnProgress = Callable[[int, int], Any]  # tokens done, tokens in all
 
 # Tokens of a block, over all rows, where the caller does not say: enough to keep an accelerator
@@ -98,13 +102,14 @@ class Runner:
         if self.mesh is not None:
             check_mesh(model.config, self.mesh, batch)
         self.variables = {"params": params, "maps": placed_maps(model.kv, self.mesh)}
+        small = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= SCAN_BYTES
+        self.reading = model.clone(scan_layers=small and self.mesh is None)
 
     def __call__(self, program: Callable[..., Any], *args: Any, **static: Any) -> Any:
         """Runs a function of `programs` on arrays `args`; the state among them is donated."""
+        model = self.reading if program in READERS else self.model
         with self.context():
-            return compiled(program, self.mesh, self.model.kv)(
-                self.model, self.variables, *args, **static
-            )
+            return compiled(program, self.mesh, model.kv)(model, self.variables, *args, **static)
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """The mesh, set, or nothing."""
@@ -183,6 +188,9 @@ class Runner:
                 return self.make_room(state, step.due) if step.due.any() else state
 
             yield step, ready
+
+
+READERS = (programs.read_last, programs.read_scores)
 
 
 @functools.lru_cache(maxsize=512)

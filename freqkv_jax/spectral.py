@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 METHODS = ("matmul", "fft")
+MAPPED = "mapped entries"  # the name by which rematerialisation knows what the product gives
 
 
 def _dirichlet(x: np.ndarray, terms: int) -> np.ndarray:
@@ -51,34 +53,61 @@ def folded_lowpass(span: int, keep: int) -> tuple[np.ndarray, np.ndarray]:
     return even, odd[: keep // 2, : span // 2]
 
 
-def fold_matmul(
-    even: Float[Array, "Le ne"], odd: Float[Array, "Lo no"], x: Array, axis: int
-) -> Array:
-    """Applies the map given by `folded_lowpass` along `axis`; accumulates in float32 (or wider).
+def stacked_lowpass(span: int, keep: int) -> np.ndarray:
+    """Both halves of `folded_lowpass`, over 2, as one array for one batched product.
 
-    The result has at least float32, or float64 for float64 input; `x` in bfloat16 or float16 is
-    multiplied in its own dtype, as is right for matrix units.
+    Float64 [2, rows, cols]: zeros lie around the halves where a little more makes the sizes
+    multiples of what matrix units like (1023 x 2046 becomes 1024 x 2048).
     """
-    work = _work_dtype(x.dtype)
-    keep, span = even.shape[0] + odd.shape[0], even.shape[1] + odd.shape[1]
+    halves = folded_lowpass(span, keep)
+    stacked = np.zeros((2, *(_aligned(size) for size in halves[0].shape)))
+    for place, half in zip(stacked, halves, strict=True):
+        place[: half.shape[0], : half.shape[1]] = half / 2
+    return stacked
+
+
+def _aligned(size: int) -> int:
+    """`size`, or the next multiple of 128, 64 or 8 if that is at most a sixteenth more."""
+    ups = (-(-size // to) * to for to in (128, 64, 8))
+    return next((up for up in ups if up - size <= size // 16), size)
+
+
+def fold_matmul(stacked: Float[Array, "2 rows cols"], x: Array, keep: int, axis: int) -> Array:
+    """Applies the map of `stacked_lowpass` along `axis`, in x's dtype."""
     x = jnp.moveaxis(x, axis, 0)
-    half = span // 2
-    low, high = x[: span - half].astype(work), x[::-1][: span - half].astype(work)
-    even_out = _matmul(even, (low + high).astype(x.dtype), work)
-    odd_out = _matmul(odd, (low[:half] - high[:half]).astype(x.dtype), work)
-    # Rows i and keep-1-i of the output are the sum and the difference of the two halves, over 2.
-    head = keep // 2
-    first = (even_out[:head] + odd_out) / 2
-    last = (even_out[:head] - odd_out) / 2
-    return jnp.moveaxis(jnp.concatenate([first, even_out[head:] / 2, last[::-1]]), 0, axis)
+    half = (x.shape[0] + 1) // 2
+    return jnp.moveaxis(map_halves(stacked, x[:half], x[::-1][:half], keep), 0, axis)
 
 
-def _matmul(matrix: Array, x: Array, work: jnp.dtype) -> Array:
+def map_halves(stacked: Array, low: Array, high: Array, keep: int) -> Array:
+    """The map on a span given as its first half and its second one, which runs backwards.
+
+    A middle entry is in both. low, high: [ceil(n/2), ...]; [keep, ...] in their dtype.
+    The sums, and within the product too, are float32 (or float64).
+    """
+    dtype, work = low.dtype, _work_dtype(low.dtype)
+    low, high = low.astype(work), high.astype(work)
+    halves = jnp.stack([low + high, low - high]).astype(dtype)
+    more = stacked.shape[2] - low.shape[0]
+    halves = jnp.pad(halves, ((0, 0), (0, more)) + ((0, 0),) * (low.ndim - 1))
     # float32 must be float32 on a GPU or TPU too, where the default is tf32 or bfloat16.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == work else jax.lax.Precision.DEFAULT
-    return jnp.tensordot(
-        matrix.astype(x.dtype), x, axes=1, precision=precision, preferred_element_type=work
-    )
+    precision = jax.lax.Precision.HIGHEST if dtype == work else jax.lax.Precision.DEFAULT
+    # Half precision is rounded here already: units add in float32, and float32 halves would be
+    # twice the bytes to write and to keep for the backward pass.
+    even, odd = checkpoint_name(
+        jax.lax.dot_general(
+            stacked.astype(dtype),
+            halves,
+            (((2,), (1,)), ((0,), (0,))),
+            precision=precision,
+            preferred_element_type=dtype,
+        ),
+        MAPPED,
+    ).astype(work)
+    # Entries i and keep-1-i of the result are the sum and the difference of the two.
+    first = (even + odd)[: (keep + 1) // 2]
+    last = (even - odd)[: keep // 2]
+    return jnp.concatenate([first, last[::-1]]).astype(dtype)
 
 
 def dct(x: Array, axis: int = -1) -> Array:
@@ -156,8 +185,8 @@ def compress(x: Float[Array, "..."], keep: int, axis: int = -2, method: str = "m
     wide = x.astype(_work_dtype(x.dtype))
     if method == "fft" or keep == 0:
         return lowpass_fft(wide, keep, axis).astype(x.dtype)
-    even, odd = (jnp.asarray(half, wide.dtype) for half in folded_lowpass(span, keep))
-    return fold_matmul(even, odd, wide, axis).astype(x.dtype)
+    stacked = jnp.asarray(stacked_lowpass(span, keep), wide.dtype)
+    return fold_matmul(stacked, wide, keep, axis).astype(x.dtype)
 
 
 def check_method(method: str) -> None:

@@ -107,7 +107,11 @@ def test_greedy_decode_follows_the_oracle():
     assert reader.fill == int(state.fill[0]) and reader.num_compressions == 5
 
 
-@pytest.mark.parametrize("kv", [POLICIES[1], POLICIES[3], POLICIES[5]], ids=str)
+@pytest.mark.parametrize(
+    "kv",
+    [POLICIES[1], pytest.param(POLICIES[3], marks=pytest.mark.slow), POLICIES[5]],
+    ids=str,
+)
 def test_rows_of_different_lengths(kv):
     model, params, tokens, want = setup(kv, rows=4)
     lengths = [1, 16, 37, 70]
@@ -245,7 +249,14 @@ def test_buffers_are_updated_in_place():
     assert {x.unsafe_buffer_pointer() for x in jax.tree.leaves(after.layers)} == pointers
 
 
-@pytest.mark.parametrize(("kv", "steps"), [*((kv, 29) for kv in POLICIES), (POLICIES[0], 1)])
+SCANNED = [
+    *((POLICIES[i], 29) for i in (0, 5)),
+    (POLICIES[0], 1),
+    *(pytest.param(POLICIES[i], 29, marks=pytest.mark.slow) for i in (1, 2, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("kv", "steps"), SCANNED)
 def test_decode_scan(kv, steps):
     model, params, tokens, _ = setup(kv)
     options = {"temperature": 0.8, "key": jax.random.key(2)}

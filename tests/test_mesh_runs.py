@@ -35,7 +35,9 @@ def is_spread(state):
     )
 
 
-@pytest.mark.parametrize("kv", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    "kv", [POLICIES[0], *(pytest.param(kv, marks=pytest.mark.slow) for kv in POLICIES[1:])], ids=str
+)
 def test_the_numbers_are_those_of_one_device(placed, kv):
     model = fk.Llama(CONFIG, kv)
     assert_close(fk.score(model, placed, TOKENS), fk.score(model, PARAMS, TOKENS), LOGITS)

@@ -1,6 +1,7 @@
 """What the README says holds: its table is current, its commands run, its Python too."""
 
 import io
+import json
 import re
 import shlex
 import sys
@@ -34,15 +35,27 @@ INSTALLS = [line for line in commands() if line.startswith(("make", "pip", "git"
 RUNS = [line for line in commands() if line not in INSTALLS]
 
 
+# As little as the report reads.
+RESULT = {
+    "task": "needle",
+    "protocol": "passkey-v1",
+    "config": {"model_path": "MODEL", "policy": {"policy": "full"}},
+    "kv_bytes": 1000,
+    "records": [{"key": "400/50/0", "length": 400, "score": 1.0, "compressions": 0}],
+}
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder in which MODEL is a tiny model, and book.txt and tokens.bin something to read."""
+    """A folder in which MODEL is a tiny model; book.txt, tokens.bin and results can be read."""
     import numpy as np
 
     write_model_folder(tmp_path / "MODEL", num_heads=4, num_kv_heads=2)
     text = "Call me Ishmael. Some years ago, never mind how long precisely, I went to sea. "
     (tmp_path / "book.txt").write_text(text * 4)
     np.arange(9000, dtype="<u2").__mod__(250).tofile(tmp_path / "tokens.bin")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "full.json").write_text(json.dumps(RESULT))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FREQKV_NO_COMPILE_CACHE", "1")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/exit\n"))

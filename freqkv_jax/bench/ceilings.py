@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array
 
 from freqkv_jax.bench.timing import MIN_REPEATS, measure_host
-from freqkv_jax.model.llama import matmul
+from freqkv_jax.model.layers import matmul
 
 CALLS = 10  # in a row, so that the time to launch one is hidden behind the one before
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "generate": "continue a text, or chat, in the terminal",
-    "eval": "measure a model: perplexity of long text",
+    "eval": "measure a model: perplexity, needles, RULER, LongBench, cost, ...",
     "report": "put results side by side: tables, plots, one HTML page",
     "info": "print what a model is and what its cache will cost",
     "convert": "write any readable model as a Hugging Face directory",

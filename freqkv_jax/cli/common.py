@@ -83,7 +83,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk",
         type=int,
         metavar="Q",
-        help="entries freed in a round (novelty, knorm, random; default: an eighth of the cache)",
+        help="entries freed in a round (policies that choose; default: an eighth of the cache)",
     )
     group.add_argument(
         "--bands", type=int, metavar="B", help="frequencies of the low-pass (novelty; default: 16)"
@@ -93,6 +93,18 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="V",
         help="share of the chosen entries that the values choose (novelty; default: 1/3)",
+    )
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="W",
+        help="last queries before a round, which choose (snapkv; default: 32, at most the chunk)",
+    )
+    group.add_argument(
+        "--pool-size",
+        type=int,
+        metavar="K",
+        help="neighbours over which their votes are averaged (snapkv; default: 5)",
     )
 
 
@@ -106,6 +118,8 @@ _POLICY_FIELDS = {
     "chunk": "chunk",
     "bands": "bands",
     "value_share": "value_share",
+    "window": "window",
+    "pool_size": "pool_size",
 }
 
 

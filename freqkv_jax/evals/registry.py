@@ -13,6 +13,7 @@ TASKS = {
     "longgenbench": "freqkv_jax.evals.longgenbench:LongGenBench",
     "cost": "freqkv_jax.evals.cost:Cost",
     "spectrum": "freqkv_jax.evals.spectrum:Spectrum",
+    "lm-eval": "freqkv_jax.evals.lm_eval_task:LmEval",
 }
 SUMMARIES = {
     "perplexity": "perplexity of long text",
@@ -22,6 +23,7 @@ SUMMARIES = {
     "longgenbench": "long answers that keep to a plan",
     "cost": "time and memory against length",
     "spectrum": "energy of keys and values over frequency",
+    "lm-eval": "tasks of the lm-eval harness",
 }
 
 

@@ -2,6 +2,7 @@
 
 from freqkv_jax.kv.freqkv import FreqKVConfig
 from freqkv_jax.kv.full import FullConfig
+from freqkv_jax.kv.h2o import H2OConfig
 from freqkv_jax.kv.knorm import KeyNormConfig
 from freqkv_jax.kv.novelty import SpectralNoveltyConfig
 from freqkv_jax.kv.policy import (
@@ -13,17 +14,20 @@ from freqkv_jax.kv.policy import (
 )
 from freqkv_jax.kv.random_keep import RandomConfig
 from freqkv_jax.kv.sink_window import SinkWindowConfig
+from freqkv_jax.kv.snapkv import SnapKVConfig
 from freqkv_jax.kv.state import KVState
 
 __all__ = [
     "POLICIES",
     "FreqKVConfig",
     "FullConfig",
+    "H2OConfig",
     "KVPolicy",
     "KVState",
     "KeyNormConfig",
     "RandomConfig",
     "SinkWindowConfig",
+    "SnapKVConfig",
     "SpectralNoveltyConfig",
     "policy_from_args",
     "policy_from_dict",

@@ -23,7 +23,7 @@ class FreqKVConfig(LinearPolicy):
       recent_size: R, latest entries that a round leaves as they are (crashes in the authors'
         code; defined here as the design says).
       retain_ratio: g, share of the span n = N - S - R that a round keeps; L = int(n g).
-      method: "matmul" (even/odd folded matrices) or "fft" (jnp.fft) for the map.
+      method: "matmul" (even/odd folded matrix) or "fft" (jnp.fft) for the map.
 
     Raises:
       ValueError: unless N >= 1, S >= 0, R >= 0, S + R < N and 0 <= g < 1.
@@ -41,11 +41,10 @@ class FreqKVConfig(LinearPolicy):
         spectral.check_method(self.method)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """The two halves of the folded map, float32."""
+        """The two halves of the folded map, stacked, float32."""
         if self.method == "fft" or self.keep == 0:
             return {}
-        even, odd = spectral.folded_lowpass(self.span, self.keep)
-        return {"even": even.astype(np.float32), "odd": odd.astype(np.float32)}
+        return {"stacked": spectral.stacked_lowpass(self.span, self.keep).astype(np.float32)}
 
     def map_span(self, x: Array, axis: int, maps: Maps) -> Array:
         """The low-pass of `spectral.compress`, with its matrices taken from `maps`."""
@@ -53,4 +52,10 @@ class FreqKVConfig(LinearPolicy):
             return jnp.take(x, jnp.arange(0), axis=axis)
         if self.method == "fft":
             return spectral.lowpass_fft(x, self.keep, axis).astype(x.dtype)
-        return spectral.fold_matmul(maps["even"], maps["odd"], x, axis).astype(x.dtype)
+        return spectral.fold_matmul(maps["stacked"], x, self.keep, axis)
+
+    def map_parts(self, mapped: Array, raw: Array, maps: Maps) -> Array:
+        """As the base class has it; parts of equal size are the halves that the map folds."""
+        if self.keep and self.method == "matmul" and mapped.shape == raw.shape:
+            return spectral.map_halves(maps["stacked"], mapped, raw[::-1], self.keep)
+        return super().map_parts(mapped, raw, maps)

@@ -17,6 +17,8 @@ from freqkv_jax.kv.policy import (
 )
 from freqkv_jax.rope import Rope
 
+UNROLLED = 8  # rounds written out one by one; further ones run in a loop
+
 
 @dataclass(frozen=True)
 class LinearPolicy(KVPolicy):
@@ -78,6 +80,10 @@ class LinearPolicy(KVPolicy):
         """Entries between sinks and recents to `prefix - sink - recent` ones, in x's dtype."""
         raise TypeError(f"{type(self).__name__} must define map_span")
 
+    def map_parts(self, mapped: Array, raw: Array, maps: Maps) -> Array:
+        """`map_span` along axis 0 of a span in two parts: what a round gave and what came since."""
+        return self.map_span(jnp.concatenate([mapped, raw]), 0, maps)
+
     def shrink(self, x: Array, axis: int, maps: Maps) -> Array:
         """One round on keys (not rotated) or values: N entries along `axis` become P."""
         size = x.shape[axis]
@@ -116,27 +122,90 @@ class LinearPolicy(KVPolicy):
         seen: Array,
         queries: Array | None = None,
     ) -> ChunkCaches:
-        """The recurrence on keys that are not rotated, then one rotation of all caches."""
+        """The recurrence on what the map gives alone, then each cache written in one piece."""
         with jax.named_scope("chunk_caches"):
             k_first = jnp.swapaxes(rope.rotate_slots(memory.k, inverse=True), 1, 2)
-            slot = jnp.arange(self.capacity, dtype=jnp.int32)
-            k_all = rope.rotate_tokens(self._recur(k_first, k, maps), slot)
-            # Sinks as they rest: turned back and forth they would be rounded.
-            resting = jnp.swapaxes(memory.k, 1, 2)[:, None]
-            k_all = jnp.where((slot < self.sink_size)[None, None, :, None, None], resting, k_all)
-            v_all = self._recur(jnp.swapaxes(memory.v, 1, 2), v, maps)
+            k_all = self._caches(memory.k, k_first, k, maps, rope)
+            v_first = jnp.swapaxes(memory.v, 1, 2)
+            v_all = self._caches(memory.v, v_first, v, maps, None)
             end = _memory_after(memory, k_all, v_all, counts, self.chunk)
             return ChunkCaches(k_all, v_all, end)
 
-    def _recur(self, first: Array, tokens: Array, maps: Maps) -> Array:
-        """first [B, N, K, D], tokens [B, C, Q, K, D] to the caches [B, C, N, K, D]."""
+    def _caches(
+        self, resting: Array, first: Array, tokens: Array, maps: Maps, rope: Rope | None
+    ) -> Array:
+        """The caches [B, C, N, K, D] of keys (turned to their slots by `rope`) or values.
 
-        def one_round(cache: Array, new: Array) -> tuple[Array, Array]:
-            cache = jnp.concatenate([self.shrink(cache, 1, maps), new], axis=1)
-            return cache, cache
+        A cache is [sinks | entries mapped | entries raw]. The raw ones are a window of the tokens
+        and the sinks never change, so that only what is mapped goes from round to round.
 
-        _, caches = jax.lax.scan(one_round, first, jnp.moveaxis(tokens, 1, 0))
-        return jnp.moveaxis(caches, 0, 1)
+        Args:
+          resting: [B, K, N, D], of which the sinks are taken: turned back and forth they would be
+            rounded. first: the same memory, its keys turned back, [B, N, K, D].
+          tokens: [B, C, Q, K, D].
+        """
+        batch, chunks, size = tokens.shape[:3]
+        start = self.prefix - self.recent
+        stream = [first[:, start:], tokens.reshape(batch, chunks * size, *tokens.shape[3:])]
+        sinks = jnp.swapaxes(resting[:, :, : self.sink_size], 1, 2)
+        slot = jnp.arange(self.sink_size, self.capacity, dtype=jnp.int32)
+        old_slots, raw_slots = slot[: start - self.sink_size], slot[start - self.sink_size :]
+
+        def pieces(old: Array, raw: Array) -> list[Array]:
+            if rope is None:
+                return [old, raw]
+            return [rope.rotate_tokens(old, old_slots), rope.rotate_tokens(raw, raw_slots)]
+
+        windows = [_window(stream, (c + 1) * size, size + self.recent) for c in range(chunks)]
+        mapped = self._recur(first[:, self.sink_size : start], stream, chunks, maps)
+        if isinstance(mapped, list):
+            # One flat list: caches that are joined first and stacked then would be written twice.
+            parts = []
+            for old, raw in zip(mapped, windows, strict=True):
+                parts += [sinks, *pieces(jnp.swapaxes(old, 0, 1), raw)]
+            flat = jnp.concatenate(parts, axis=1)
+            return flat.reshape(batch, chunks, self.capacity, *flat.shape[2:])
+        sinks = jnp.broadcast_to(sinks[:, None], (batch, chunks, *sinks.shape[1:]))
+        raw = jnp.stack(windows, axis=1) if self.recent else tokens
+        return jnp.concatenate([sinks, *pieces(jnp.moveaxis(mapped, 2, 0), raw)], axis=2)
+
+    def _recur(
+        self, mapped: Array, stream: list[Array], rounds: int, maps: Maps
+    ) -> list[Array] | Array:
+        """What each round's map gives, [L, B, K, D]: a list of few, an array of many.
+
+        Args:
+          mapped: [B, L, K, D] of the memory. stream: the raw entries behind them and then all
+            tokens, [B, ., K, D]; round c maps Q of them from c Q on.
+        """
+        size = self.chunk
+        now, out = jnp.swapaxes(mapped, 0, 1), []
+        for c in range(rounds if rounds <= UNROLLED else 1):
+            raw = jnp.swapaxes(_window(stream, c * size, size), 0, 1)
+            now = self.map_parts(now, raw, maps)
+            out.append(now)
+        if len(out) == rounds:
+            return out
+        rest = _window(stream, size, (rounds - 1) * size)
+        rest = rest.reshape(rest.shape[0], rounds - 1, size, *rest.shape[2:])
+
+        def one_round(now: Array, raw: Array) -> tuple[Array, Array]:
+            now = self.map_parts(now, raw, maps)
+            return now, now
+
+        _, more = jax.lax.scan(one_round, now, jnp.moveaxis(rest, 0, 2))
+        return jnp.concatenate([out[0][None], more])
+
+
+def _window(stream: list[Array], start: int, size: int) -> Array:
+    """Entries start .. start + size of arrays [B, ., ...] that follow one another."""
+    parts, at = [], 0
+    for part in stream:
+        low, high = max(start - at, 0), min(start + size - at, part.shape[1])
+        if low < high:
+            parts.append(part[:, low:high])
+        at += part.shape[1]
+    return jnp.concatenate(parts, axis=1) if len(parts) != 1 else parts[0]
 
 
 def _memory_after(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -17,6 +18,7 @@ from freqkv_jax.sharding import BATCH_AXES
 
 BACKENDS = ("auto", "naive", "blocked", "cudnn", "splash")
 QUERY_BLOCK = 128  # queries whose scores are held at once by the blocked form
+ATTENDED = "attended"  # the name by which rematerialisation knows what attention gives
 SPLASH_ALIGN = 128  # splash wants lengths that its blocks divide
 
 
@@ -54,7 +56,9 @@ def attend(
 
 def naive(q: Array, k: Array, v: Array) -> Array:
     """The obvious form: all scores at once, in float32."""
-    return attend_cache(q, _heads_major(k), _heads_major(v), k.shape[1] - q.shape[1], block=None)
+    first = k.shape[1] - q.shape[1]
+    out = attend_cache(q, _heads_major(k), _heads_major(v), first, block=None)
+    return checkpoint_name(out, ATTENDED)
 
 
 def blocked(q: Array, k: Array, v: Array) -> Array:
@@ -69,7 +73,8 @@ def blocked(q: Array, k: Array, v: Array) -> Array:
         stop = min(start + size, length)
         seen = first + stop
         pieces.append(attend_cache(q[:, start:stop], k[:, :, :seen], v[:, :, :seen], first + start))
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+    out = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+    return checkpoint_name(out, ATTENDED)
 
 
 def attend_cache(
@@ -132,7 +137,9 @@ def cudnn(q: Array, k: Array, v: Array) -> Array:
     """cuDNN's flash attention (NVIDIA, bfloat16 or float16).
 
     Its causal mask is aligned to the top left, so shorter queries are padded on the left until
-    both alignments are the same; exact forward and backward, at up to 4/3 of the scores.
+    both alignments are the same; exact forward and backward, at up to 4/3 of the scores. Of what
+    JAX passes on, nothing moves the mask: sequence lengths end it, a sliding window begins it, and
+    the offsets are those of packed texts.
     """
     if not _cudnn_takes(q):
         raise ValueError(
@@ -143,6 +150,15 @@ def cudnn(q: Array, k: Array, v: Array) -> Array:
     q = jnp.pad(q, ((0, 0), (pad, 0), (0, 0), (0, 0)))
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return out[:, pad:]
+
+
+def keeps_attention(prim: Any, *_: Any, **params: Any) -> bool:
+    """Policy of rematerialisation: saves what attention gives, and the statistics it needs back.
+
+    cuDNN's are results of a primitive of JAX's own, known by its name; the other forms give theirs
+    the name ATTENDED.
+    """
+    return params.get("name") == ATTENDED or prim.name.startswith("dot_product_attention_fwd")
 
 
 def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
@@ -189,6 +205,7 @@ def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool) -> Call
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
 

@@ -11,92 +11,28 @@ from freqkv_jax import sharding
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import KVPolicy, KVState
 from freqkv_jax.kv.policy import Maps, Memory
-from freqkv_jax.model.attention import attend, attend_cache, check_backend
+from freqkv_jax.model.attention import attend, attend_cache, check_backend, keeps_attention
+from freqkv_jax.model.layers import MLP, ROWS, Embed, Linear, RMSNorm
+from freqkv_jax.model.scan import scan_layers
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import BATCH_AXES, P, constrain
+from freqkv_jax.spectral import MAPPED
 
 DTYPES = ("float32", "bfloat16", "float16")
-COLUMNS, ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")  # of kernels [in, out]
 HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)  # [B, T, heads, D]
-# What the backward pass finds of a layer: all of it, its products with weights, or its input.
+# What the backward pass finds of a layer: all of it; its products with weights and with the map;
+# what attention gives, too; or its input.
+_DOTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(MAPPED),
+)
 REMAT = {
     # Gathered weights are gathered again: all layers' would fill the memory.
     "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_from_both_policies(_DOTS, keeps_attention),
+    "dots": _DOTS,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-class Linear(nn.Module):
-    """x @ kernel in the compute dtype, float32 kept exact on every platform.
-
-    Where the collection "lora" has a and b for it, (x @ a) @ b is added (freqkv_jax.model.lora).
-    `spec`: how the kernel lies on a mesh, as sharding.RULES have it.
-    """
-
-    features: int
-    dtype: str
-    spec: P = COLUMNS
-
-    @nn.compact
-    def __call__(self, x: Array, out_dtype: Any = None) -> Array:
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.dtype(self.dtype))
-        # For few tokens (decoding) the compiler may rather move them than the weights.
-        many = x.size > kernel.size
-        kernel = kernel.astype(x.dtype)
-        y = matmul(x, sharding.gathered(kernel, self.spec) if many else kernel, out_dtype)
-        if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
-            if many:  # small, as their gradients are
-                a = sharding.whole(a, P(self.spec[0], None))
-                b = sharding.whole(b, P(None, self.spec[1]))
-            y = y + matmul(matmul(x, a), b, out_dtype)
-        return y
-
-
-def matmul(x: Array, kernel: Array, out_dtype: Any = None) -> Array:
-    """x [..., in] @ kernel [in, out], accumulated in float32; in x's dtype or `out_dtype`."""
-    # On GPU and TPU the default for float32 is tf32 or bfloat16, which is not float32.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x,
-        kernel,
-        (((x.ndim - 1,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=out_dtype or x.dtype,
-    )
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm, float32 inside."""
-
-    eps: float
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.dtype))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        # Hugging Face rounds to the compute dtype before it scales.
-        scale = scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        return wide.astype(x.dtype) * scale
-
-
-class MLP(nn.Module):
-    """SwiGLU feed-forward."""
-
-    config: LlamaConfig
-    dtype: str
-
-    def setup(self) -> None:
-        self.gate = Linear(self.config.intermediate_size, self.dtype)
-        self.up = Linear(self.config.intermediate_size, self.dtype)
-        self.down = Linear(self.config.hidden_size, self.dtype, ROWS)
-
-    def __call__(self, x: Array) -> Array:
-        return self.down(nn.silu(self.gate(x)) * self.up(x))
 
 
 class Attention(nn.Module):
@@ -163,35 +99,55 @@ class Attention(nn.Module):
         maps: Maps,
     ) -> tuple[Array, Memory]:
         """Tokens [B, T, ., D] behind full memories: all caches first, then all attention."""
+        size = self.kv.chunk
+        full = q.shape[1] // size * size
+        outs = []
+        for start, stop in ((0, full), (full, q.shape[1])):
+            if start == stop:
+                continue
+            # What is left after whole chunks costs by its length: it alone is padded, and only
+            # the keys and the queries that it needs are attended.
+            some = None if counts is None else jnp.clip(counts - start, 0, stop - start)
+            q_some, k_some, v_some = (y[:, start:stop] for y in (q, k, v))
+            out, memory = self._some_chunks(
+                q_some, k_some, v_some, memory, seen + start, some, rope, maps
+            )
+            outs.append(out)
+        return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0], memory
+
+    def _some_chunks(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        memory: Memory,
+        seen: Array,
+        counts: Array | None,
+        rope: Rope,
+        maps: Maps,
+    ) -> tuple[Array, Memory]:
+        """`_chunks` of whole chunks, or of less than one."""
         batch, length = q.shape[:2]
         prefix, size = self.kv.prefix, self.kv.chunk
-        chunks = -(-length // size)
-        pad = chunks * size - length
-        if pad:
-            q, k, v = (jnp.pad(y, ((0, 0), (0, pad), (0, 0), (0, 0))) for y in (q, k, v))
+        queries = min(length, size)  # of each chunk
+        if queries < size:
             counts = jnp.full((batch,), length, jnp.int32) if counts is None else counts
-        q, k, v = (y.reshape(batch, chunks, size, *y.shape[2:]) for y in (q, k, v))
-        queries = q if "queries" in self.kv.needs else None
-        caches = self.kv.chunk_caches(memory, k, v, counts, rope, maps, seen, queries)
-        offsets = jnp.arange(size, dtype=jnp.int32)
-        steps = jnp.arange(chunks, dtype=jnp.int32)[:, None] * size + offsets[None]
+            more = ((0, 0), (0, size - length), (0, 0), (0, 0))
+            q, k, v = (jnp.pad(y, more) for y in (q, k, v))
+        q, k, v = (y.reshape(batch, -1, size, *y.shape[2:]) for y in (q, k, v))
+        needed = q if "queries" in self.kv.needs else None
+        caches = self.kv.chunk_caches(memory, k, v, counts, rope, maps, seen, needed)
+        offsets = jnp.arange(queries, dtype=jnp.int32)
+        steps = jnp.arange(q.shape[1], dtype=jnp.int32)[:, None] * size + offsets[None]
         at = self.kv.position(seen[:, None, None] + steps[None], prefix + offsets)
-        q = rope.rotate_tokens(q, at)
-        # The last chunk, if partial, has only the keys and the queries that it needs.
-        full = chunks - 1 if pad else chunks
-        outs = []
-        if full:
-            q_all, k_all, v_all = (
-                constrain(y[:, :full].reshape(-1, *y.shape[2:]), HEADS_SPEC)
-                for y in (q, caches.k, caches.v)
-            )
-            out = attend(q_all, k_all, v_all, self.backend)
-            outs.append(out.reshape(batch, full * size, *q.shape[3:]))
-        if pad:
-            left = size - pad
-            k_last, v_last = (y[:, -1, : prefix + left] for y in (caches.k, caches.v))
-            outs.append(attend(q[:, -1, :left], k_last, v_last, self.backend))
-        return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0], caches.memory
+        q = rope.rotate_tokens(q[:, :, :queries], at)
+        slots = prefix + queries
+        q, k, v = (
+            constrain(y.reshape(-1, *y.shape[2:]), HEADS_SPEC)
+            for y in (q, caches.k[:, :, :slots], caches.v[:, :, :slots])
+        )
+        out = attend(q, k, v, self.backend)
+        return out.reshape(batch, length, *out.shape[2:]), caches.memory
 
     def extend(
         self,
@@ -251,33 +207,15 @@ class Block(nn.Module):
         return self._feed_forward(x + out), memory
 
 
-class Embed(nn.Module):
-    """Token embedding, and the head of a tied model."""
-
-    config: LlamaConfig
-    dtype: str
-
-    def setup(self) -> None:
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        init = nn.initializers.normal(0.02)
-        self.embedding = self.param("embedding", init, shape, jnp.dtype(self.dtype))
-
-    def __call__(self, tokens: Array, gather: bool = False) -> Array:
-        # Many rows: one gather of the table over fsdp, else all devices look up all rows.
-        table = sharding.gathered_table(self.embedding, ROWS) if gather else self.embedding
-        return jnp.take(table, tokens, axis=0).astype(jnp.dtype(self.dtype))
-
-    def logits(self, x: Array) -> Array:
-        return matmul(x, self.embedding.astype(x.dtype).T, jnp.float32)
-
-
 class Llama(nn.Module):
     """A Llama whose cache follows the policy `kv`. Frozen, hashable, compared by value.
 
     Attributes:
       config: sizes. kv: cache policy. dtype: of activations ("float32", "bfloat16", "float16").
       attention: back end (freqkv_jax.model.attention.BACKENDS).
-      remat: what training recomputes, "none", "dots" (all but products with weights) or "full".
+      remat: what training recomputes: "none", "attention" (all but products and attention), "dots"
+        (all but products) or "full".
+      scan_layers: `block` and `extend` loop over the layers (freqkv_jax.model.scan).
 
     `apply({"params": p, "maps": maps(model)}, tokens)` is the parallel form, int [B, T] to float32
     logits [B, T, V]; without "maps" the policy's arrays are built in place.
@@ -288,6 +226,7 @@ class Llama(nn.Module):
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
+    scan_layers: bool = False
 
     def setup(self) -> None:
         check_model_options(self.dtype, self.attention)
@@ -331,6 +270,24 @@ class Llama(nn.Module):
             x = run(layer, x, maps)
         return self.norm(x)
 
+    def _through(
+        self, method: str, x: Array, state: KVState, *args: Any
+    ) -> tuple[Array, list[Memory]]:
+        """All layers' `method`, one behind the other; x and their memories."""
+        if self.scan_layers:
+            lone = Block(self.config, self.kv, self.dtype, self.attention, parent=None)  # pyright: ignore[reportCallIssue]
+
+            def one(variables: Any, x: Array, memory: Memory) -> tuple[Array, Memory]:
+                return lone.apply(variables, x, memory, *args, method=method)  # pyright: ignore[reportReturnType]
+
+            weights = [dict(layer.variables) for layer in self.layers]
+            return scan_layers(one, x, weights, state.layers)
+        memories = []
+        for layer, memory in zip(self.layers, state.layers, strict=True):
+            x, memory = getattr(layer, method)(x, memory, *args)
+            memories.append(memory)
+        return x, memories
+
     def logits(self, hidden: Float[Array, "*n E"]) -> Float[Array, "*n V"]:
         """The head, in float32."""
         if self.config.tie_word_embeddings:
@@ -345,10 +302,7 @@ class Llama(nn.Module):
         Rows with counts > 0 must have fill = N; a row with count 0 keeps its state.
         """
         rope, maps, x = self.rope, self._maps(), self._embed(tokens)
-        memories = []
-        for layer, memory in zip(self.layers, state.layers, strict=True):
-            x, memory = layer.block(x, memory, state.seen, counts, rope, maps)
-            memories.append(memory)
+        x, memories = self._through("block", x, state, state.seen, counts, rope, maps)
         chunk = self.kv.chunk
         fill = self.kv.prefix + counts - (counts + chunk - 1) // chunk * chunk + chunk
         fill = jnp.where(counts > 0, fill, state.fill)
@@ -370,10 +324,7 @@ class Llama(nn.Module):
         """
         rope, x = self.rope, self._embed(tokens)
         at = state.fill if fill is None else fill
-        memories = []
-        for layer, memory in zip(self.layers, state.layers, strict=True):
-            x, memory = layer.extend(x, memory, state.seen, at, counts, rope)
-            memories.append(memory)
+        x, memories = self._through("extend", x, state, state.seen, at, counts, rope)
         read = jnp.full_like(state.fill, tokens.shape[1]) if counts is None else counts
         return self.norm(x), _advance(state, memories, state.fill + read, read)
 

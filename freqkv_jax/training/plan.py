@@ -135,6 +135,7 @@ def _passing(
     kept_of_a_layer = {
         "full": tokens * e,
         "dots": tokens * (e + dots),
+        "attention": tokens * (e + dots + q),
         "none": tokens * (e + everything) + 3 * caches,
     }[cfg.train.remat]
     vocab = config.vocab_size // tensor

@@ -76,8 +76,9 @@ class Recorder:
         while len(self._pending) > (0 if all_of_them else 1):
             # The first step compiles. One that is waited for right behind another was at work
             # long before that one was read here. Neither's time is known.
-            known = step > self.progress.first + 1 and not (all_of_them and records)
-            records.append(self._write(*self._pending.pop(0), known))
+            done, its, wait = self._pending.pop(0)
+            known = done > self.progress.first + 1 and not (all_of_them and records)
+            records.append(self._write(done, its, wait, known))
         return records
 
     def _write(self, step: int, got: Any, waited: float, known: bool) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class TrainSection(Section):
     train_embeddings: bool = True
     train_norms: bool = True
     micro_batch: int | None = allowed(None, low=1)
-    remat: str = allowed("full", choices=("none", "dots", "full"))
+    remat: str = allowed("full", choices=("none", "attention", "dots", "full"))
     on_bad_loss: str = allowed("stop", choices=("stop", "skip"))
     spike_ratio: float | None = allowed(None, above=1)
 

@@ -37,7 +37,8 @@ def test_help_of_perplexity(capsys):
     text = help_of(capsys, "eval", "perplexity")
     for flag in ("--data", "--seq-len", "--stride", "--max-windows", "--policy", "--output"):
         assert flag in text
-    assert "example" in text and "8192" in text
+    assert "8192" in text and "token ids" in text
+    assert "example" in help_of(capsys, "eval")
 
 
 def test_policies_come_from_the_registry(capsys):
@@ -45,7 +46,9 @@ def test_policies_come_from_the_registry(capsys):
     assert "{" + ",".join(POLICIES) + "}" in text
 
 
-@pytest.mark.parametrize("words", [[], ["nonsense"], ["generate"], ["eval"], ["generate", "--mod"]])
+@pytest.mark.parametrize(
+    "words", [[], ["nonsense"], ["generate"], ["eval", "x"], ["generate", "--mod"]]
+)
 def test_wrong_usage(capsys, words):
     with pytest.raises(SystemExit) as stop:
         main(words)

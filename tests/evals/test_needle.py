@@ -108,7 +108,6 @@ def test_depth_of_a_passkey():
 
 
 def test_generation_scores_of_gold_and_of_nothing(corpus):
-    pytest.importorskip("rouge_score")
     for task in (sandwich(corpus), passkey()):
         for reply, score in ((gold, 100), (lambda p: "", 0)):
             engine = FakeEngine(reply)
@@ -122,7 +121,6 @@ def test_generation_scores_of_gold_and_of_nothing(corpus):
 
 def test_both_scores_of_the_sandwich(corpus):
     """The perfect short answer: 1 by recall of words, 0.727 by ROUGE-1 F."""
-    pytest.importorskip("rouge_score")
     engine = FakeEngine(lambda p: GOLD)
     task = sandwich(corpus)
     record = task.run(engine, task.items(engine)[:1])[0]

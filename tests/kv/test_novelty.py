@@ -12,7 +12,14 @@ from freqkv_jax import sharding
 from freqkv_jax.cli.common import add_policy_arguments, policy_from_flags
 from freqkv_jax.config import RopeConfig
 from freqkv_jax.hlo import Program
-from freqkv_jax.kv import KeyNormConfig, KVPolicy, RandomConfig, SpectralNoveltyConfig
+from freqkv_jax.kv import (
+    H2OConfig,
+    KeyNormConfig,
+    KVPolicy,
+    RandomConfig,
+    SnapKVConfig,
+    SpectralNoveltyConfig,
+)
 from freqkv_jax.kv.choosing import highest
 from freqkv_jax.kv.policy import Slots
 from freqkv_jax.rope import Rope
@@ -222,6 +229,8 @@ def test_flags_of_the_command_line():
         "--policy novelty --cache-size 64 --recent-size 8 --chunk 7 --bands 2 --value-share 0.1"
     ) == SpectralNoveltyConfig(64, 4, 8, 7, 2, 0.1)
     assert policy("--policy knorm --chunk 7 --bands 2") == KeyNormConfig(chunk=7)
+    assert policy("--policy h2o --chunk 7 --window 2") == H2OConfig(chunk=7)
+    assert policy("--policy snapkv --window 2 --pool-size 3") == SnapKVConfig(window=2, pool_size=3)
     assert policy("--policy freqkv --compress-method fft --chunk 7") == fk.FreqKVConfig(
         method="fft"
     )

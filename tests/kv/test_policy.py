@@ -12,9 +12,11 @@ from freqkv_jax.kv import (
     POLICIES,
     FreqKVConfig,
     FullConfig,
+    H2OConfig,
     KeyNormConfig,
     RandomConfig,
     SinkWindowConfig,
+    SnapKVConfig,
     SpectralNoveltyConfig,
     policy_from_args,
     policy_from_dict,
@@ -30,10 +32,12 @@ def test_the_registry():
     assert {
         "freqkv": FreqKVConfig,
         "full": FullConfig,
+        "h2o": H2OConfig,
         "knorm": KeyNormConfig,
         "novelty": SpectralNoveltyConfig,
         "random": RandomConfig,
         "sink_window": SinkWindowConfig,
+        "snapkv": SnapKVConfig,
     } == POLICIES
     for name, cls in POLICIES.items():
         assert cls.name == name and cls.summary and cls.keeps and cls.source
@@ -80,7 +84,9 @@ def test_a_full_cache_never_compresses():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kv", [FreqKVConfig(16), SinkWindowConfig(20), FullConfig()], ids=str)
+@pytest.mark.parametrize(
+    "kv", [FreqKVConfig(16), SinkWindowConfig(20), FullConfig(), H2OConfig(20)], ids=str
+)
 def test_kv_bytes_are_those_of_the_arrays(kv, dtype):
     config = tiny_config(6, 2)
     assert kv.kv_bytes(config, dtype, 33) == empty_state(config, kv, 1, dtype, 33).nbytes
@@ -166,7 +172,9 @@ def test_from_args_takes_what_it_knows():
 def test_messages_of_the_registry():
     with pytest.raises(ValueError, match="no policy is named 'freqv'.*did you mean 'freqkv'"):
         policy_from_args("freqv")
-    with pytest.raises(ValueError, match="no policy is named None; allowed: freqkv, full, knorm"):
+    with pytest.raises(
+        ValueError, match="no policy is named None; allowed: freqkv, full, h2o, knorm"
+    ):
         policy_from_dict({"cache_size": 3})
     with pytest.raises(ValueError, match="has no field 'cachesize'; allowed: .*'cache_size'"):
         policy_from_dict({"policy": "freqkv", "cachesize": 3})

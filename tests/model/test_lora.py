@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freqkv_jax.kv import FreqKVConfig
+from freqkv_jax.kv import FreqKVConfig, FullConfig
 from freqkv_jax.model import lora
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.sharding import TRAINABLE_RULES, lora_shardings, make_mesh, match_specs
@@ -85,5 +85,21 @@ def test_every_adapter_has_a_rule_and_drawing_does_not_depend_on_the_mesh():
 
 
 def test_remat_must_be_known():
-    with pytest.raises(ValueError, match="remat 'some' is unknown; allowed: none, dots, full"):
+    allowed = "allowed: none, attention, dots, full"
+    with pytest.raises(ValueError, match=f"remat 'some' is unknown; {allowed}"):
         MODEL.clone(remat="some").init(jax.random.key(0), random_tokens(CONFIG, 1, 3))
+
+
+def test_attention_is_not_done_again_where_its_results_are_kept():
+    config = tiny_config(num_layers=1)
+    tokens = random_tokens(config, 1, 600)  # more than four blocks of queries: they run in loops
+
+    def loops(remat):
+        model = Llama(config, FullConfig(), attention="blocked", remat=remat)
+
+        def loss(params):
+            return model.apply({"params": params}, tokens).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(random_params(config))).count("scan[")
+
+    assert loops("dots") - loops("attention") == loops("none") // 2 > 0

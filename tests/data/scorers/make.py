@@ -1,10 +1,11 @@
 """Records what the reference packages give for made-up answers: cases.json.gz beside this file.
 
-Needs lm-eval, rouge, rouge-score, and, only here, jieba and fuzzywuzzy (without python-Levenshtein
+Needs lm-eval, and, only here, rouge, rouge-score, jieba and fuzzywuzzy (without python-Levenshtein
 and rapidfuzz, which change its figures):
 
-    pip install --no-deps --target /tmp/reference fuzzywuzzy==0.18.0 jieba==0.42.1
-    PYTHONPATH=/tmp/reference python tests/data/scorers/make.py
+    pip install rouge==1.0.1 rouge-score==0.1.2
+    pip install --no-deps --target REFERENCE fuzzywuzzy==0.18.0 jieba==0.42.1
+    PYTHONPATH=REFERENCE python tests/data/scorers/make.py
 
 All texts are made up here from our own words with fixed seeds.
 """

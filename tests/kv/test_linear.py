@@ -1,0 +1,150 @@
+"""The recurrence of linear policies: written in one piece, against make_room and append in turn."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from freqkv_jax import spectral
+from freqkv_jax.kv import FreqKVConfig, KVPolicy, SinkWindowConfig, linear
+from freqkv_jax.rope import Rope
+from tests import oracle
+from tests.tiny import tiny_config
+from tests.tolerances import BF16_PRIMITIVE_REL_L2, COMPRESS, GRAD_REL_L2, assert_close, rel_l2
+
+ROPE = Rope(tiny_config(2, 2).rope, 8)
+POLICIES = [
+    FreqKVConfig(20, 4),  # L = Q: parts are the halves that the map folds, L even
+    FreqKVConfig(18, 4),  # and odd
+    FreqKVConfig(19, 4),  # span odd
+    FreqKVConfig(17, 3, 0, 0.7),  # L > Q
+    FreqKVConfig(17, 3, 2, 0.3),  # recents, L < Q
+    FreqKVConfig(16, 1, 9, 0.5),  # more recents than tokens of a chunk
+    FreqKVConfig(13, 3, 0, 0.0),  # nothing mapped
+    FreqKVConfig(20, 0),
+    FreqKVConfig(18, 4, method="fft"),
+    SinkWindowConfig(16, 3),
+    SinkWindowConfig(16, 3, 2, 0.8),  # the window is longer than a chunk
+]
+every = pytest.mark.parametrize("kv", POLICIES, ids=str)
+
+
+def inputs(kv, chunks, dtype="float32", batch=2):
+    """A full memory, k and v [B, C, Q, K, D] of its chunks, tokens read before."""
+    rng = np.random.default_rng(chunks)
+    shapes = [(batch, kv.capacity, 2, 8)] * 2 + [(batch, chunks, kv.chunk, 2, 8)] * 2
+    k, v, *new = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    k = ROPE.rotate_tokens(k, jnp.arange(kv.capacity))
+    memory = kv.append(kv.init(batch, 2, 8, jnp.dtype(dtype)), k, v, 0)
+    return memory, *new, jnp.full((batch,), kv.capacity, jnp.int32)
+
+
+def arrays(kv):
+    return {name: jnp.asarray(array) for name, array in kv.constants().items()}
+
+
+def caches(form, kv, maps, memory, k, v, seen):
+    return form(kv, memory, k, v, None, ROPE, maps, seen)
+
+
+@functools.cache
+def both(kv, unrolled):
+    """The written-out form (rounds in a loop where `unrolled` is small) and the obvious one."""
+    del unrolled  # the form is traced anew for each
+    fast = jax.jit(functools.partial(caches, type(kv).chunk_caches, kv))
+    return fast, jax.jit(functools.partial(caches, KVPolicy.chunk_caches, kv))
+
+
+@every
+@pytest.mark.parametrize("unrolled", [16, 2], ids=["unrolled", "loop"])
+def test_caches_are_make_room_and_append_in_turn(kv, unrolled, monkeypatch):
+    monkeypatch.setattr(linear, "UNROLLED", unrolled)
+    fast, obvious = both(kv, unrolled)
+    args = arrays(kv), *inputs(kv, 4)
+    for got, want in zip(
+        jax.tree.leaves(fast(*args)), jax.tree.leaves(obvious(*args)), strict=True
+    ):
+        assert got.dtype == want.dtype
+        assert_close(got, want, COMPRESS)
+
+
+@every
+@pytest.mark.parametrize(
+    "unrolled", [16, pytest.param(2, marks=pytest.mark.slow)], ids=["unrolled", "loop"]
+)
+def test_gradients_are_those_of_the_obvious_form(kv, unrolled, monkeypatch):
+    monkeypatch.setattr(linear, "UNROLLED", unrolled)
+    memory, k, v, seen = inputs(kv, 4)
+    rng = np.random.default_rng(9)
+    weights = [jnp.asarray(rng.normal(size=(2, 4, kv.capacity, 2, 8)), "float32") for _ in range(2)]
+
+    def loss(form, memory, k, v):
+        got = caches(form, kv, arrays(kv), memory, k, v, seen)
+        return (got.k * weights[0]).sum() + (got.v * weights[1]).sum()
+
+    grads = [
+        jax.jit(jax.grad(functools.partial(loss, form), (0, 1, 2)))(memory, k, v)
+        for form in (type(kv).chunk_caches, KVPolicy.chunk_caches)
+    ]
+    for got, want in zip(*(jax.tree.leaves(grad) for grad in grads), strict=True):
+        assert rel_l2(got, want) <= GRAD_REL_L2
+
+
+@pytest.mark.parametrize("unrolled", [16, 2], ids=["unrolled", "loop"])
+@pytest.mark.parametrize("size", [132, 516])
+def test_many_rounds_in_bfloat16_stay_near_float64(size, unrolled, monkeypatch):
+    monkeypatch.setattr(linear, "UNROLLED", unrolled)
+    kv, chunks = FreqKVConfig(size, 4), 8
+    memory, _, v, _ = inputs(kv, chunks, "bfloat16", 1)
+    first = jnp.swapaxes(memory.v, 1, 2)
+    got = jax.jit(lambda *a: kv._caches(memory.v, *a, arrays(kv), None))(first, v)
+    assert got.dtype == jnp.bfloat16
+    cache = np.asarray(first[0], np.float64)
+    for c in range(chunks):
+        low = oracle.low_pass(cache[4:].reshape(kv.span, -1), kv.keep).reshape(kv.keep, 2, 8)
+        cache = np.concatenate([cache[:4], low, np.asarray(v[0, c], np.float64)])
+        assert rel_l2(got[0, c], cache) <= BF16_PRIMITIVE_REL_L2
+        assert rel_l2(got[0, c, 4 : kv.prefix], low) <= BF16_PRIMITIVE_REL_L2
+        # What is not mapped is handed on to the bit.
+        np.testing.assert_array_equal(got[0, c, kv.prefix :], v[0, c])
+        np.testing.assert_array_equal(got[0, c, :4], first[0, :4])
+
+
+def test_halves_are_the_span(kv=POLICIES[0]):
+    mapped, raw = (jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), "float32"),) * 2
+    got = kv.map_parts(mapped, raw, arrays(kv))
+    span = np.concatenate([mapped, raw]).astype(np.float64)
+    assert_close(got, oracle.low_pass(span, kv.keep), COMPRESS)
+
+
+@pytest.mark.parametrize(
+    ("size", "up"), [(15, 15), (16, 16), (127, 128), (1023, 1024), (2046, 2048), (4092, 4096)]
+)
+def test_sizes_are_aligned_where_it_costs_little(size, up):
+    assert spectral._aligned(size) == up
+    assert spectral._aligned(up) == up
+
+
+def test_a_real_map_is_aligned_and_zero_around_its_halves():
+    stacked = FreqKVConfig(2048, 4).constants()["stacked"]
+    assert stacked.shape == (2, 512, 1024) and stacked.dtype == np.float32
+    assert not stacked[:, 511:].any() and not stacked[:, :, 1022:].any()
+    even, odd = spectral.folded_lowpass(2044, 1022)
+    assert_close(2 * stacked[0, :511, :1022], even, COMPRESS)
+    assert_close(2 * stacked[1, :511, :1022], odd, COMPRESS)
+
+
+def test_a_round_is_one_product_and_caches_are_joined_once():
+    """Of the usual case: per round and array one product; whole caches in one concatenation."""
+    kv, chunks = FreqKVConfig(20, 4), 3
+    args = arrays(kv), *inputs(kv, chunks)
+    text = str(jax.make_jaxpr(functools.partial(caches, type(kv).chunk_caches, kv))(*args))
+    assert text.count(" dot_general[") == 2 * chunks and " scan[" not in text
+    whole = re.findall(rf"\[2,{chunks * kv.capacity},2,8\] = concatenate", text)
+    assert len(whole) == 2
+    assert not re.findall(
+        rf"\[2,{kv.capacity},2,8\] = concatenate", text.split("concatenate", 2)[2]
+    )

@@ -1,0 +1,50 @@
+"""A loop over the layers gives what the layers give one by one."""
+
+import jax
+import numpy as np
+import pytest
+
+import freqkv_jax as fk
+from freqkv_jax import reading
+from tests.tiny import random_params, tiny_config
+from tests.tolerances import PRIMITIVE
+
+CONFIG = tiny_config(num_layers=3)
+POLICIES = {
+    "freqkv": fk.FreqKVConfig(cache_size=16, sink_size=2),
+    "full": fk.FullConfig(),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_reading_by_a_loop_changes_nothing(policy, monkeypatch):
+    model, params = fk.Llama(CONFIG, POLICIES[policy]), random_params(CONFIG)
+    ids = np.random.default_rng(1).integers(0, 61, (2, 45))
+    lengths = [45, 30]
+    found = []
+    for limit in (0, reading.SCAN_BYTES):
+        monkeypatch.setattr(reading, "SCAN_BYTES", limit)
+        assert reading.Runner(model, params, 2).reading.scan_layers == bool(limit)
+        found.append(
+            (fk.score(model, params, ids, lengths), *fk.prefill(model, params, ids, lengths))
+        )
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, other, atol=PRIMITIVE)
+
+
+def test_the_loop_is_one_program_for_all_layers():
+    """The program has as many equations with three layers as with two."""
+
+    def equations(num_layers):
+        config = tiny_config(num_layers=num_layers)
+        model = fk.Llama(config, POLICIES["full"], scan_layers=True)
+        state = jax.eval_shape(lambda: reading.empty_state(config, model.kv, 1, "float32", 16))
+        tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+        made = jax.make_jaxpr(lambda p, t, s: model.apply({"params": p}, t, s, method="extend"))(
+            random_params(config), tokens, state
+        )
+        scans = [e for e in made.eqns if e.primitive.name == "scan"]
+        assert len(scans) == 1 and scans[0].params["length"] == num_layers
+        return len(scans[0].params["jaxpr"].eqns)
+
+    assert equations(3) == equations(2) > 20
