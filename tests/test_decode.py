@@ -54,7 +54,11 @@ def same_state(a, b, atol=LOGITS):
                 assert_close(x[row, :, :fill], y[row, :, :fill], atol)
 
 
-@pytest.mark.parametrize("kv", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    "kv",
+    [*POLICIES[:4], *(pytest.param(kv, marks=pytest.mark.slow) for kv in POLICIES[4:])],
+    ids=str,
+)
 def test_all_forms_agree(kv):
     model, params, tokens, want = setup(kv)
     stepwise, slow = one_at_a_time(model, params, tokens)
@@ -70,7 +74,9 @@ def test_all_forms_agree(kv):
             assert state.slots == kv.capacity
 
 
-@pytest.mark.parametrize("kv", [POLICIES[0], POLICIES[3], POLICIES[5]], ids=str)
+@pytest.mark.parametrize(
+    "kv", [POLICIES[0], pytest.param(POLICIES[3], marks=pytest.mark.slow), POLICIES[5]], ids=str
+)
 def test_a_continued_state_is_one_reading(kv):
     model, params, tokens, want = setup(kv)
     for cut in (1, 11, 16, 17, 40):
@@ -109,7 +115,7 @@ def test_greedy_decode_follows_the_oracle():
 
 @pytest.mark.parametrize(
     "kv",
-    [POLICIES[1], pytest.param(POLICIES[3], marks=pytest.mark.slow), POLICIES[5]],
+    [POLICIES[1], *(pytest.param(POLICIES[i], marks=pytest.mark.slow) for i in (3, 5))],
     ids=str,
 )
 def test_rows_of_different_lengths(kv):

@@ -31,7 +31,11 @@ print(json.dumps({"peak": peak, "state": nbytes}))
 """
 
 
-@pytest.mark.parametrize("kv", [fk.FreqKVConfig(64, 4), fk.SinkWindowConfig(64, 4)], ids=str)
+@pytest.mark.parametrize(
+    "kv",
+    [fk.FreqKVConfig(64, 4), pytest.param(fk.SinkWindowConfig(64, 4), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_state_bytes_are_constant(kv):
     config = tiny_config(num_layers=1)
     model, params, sizes = fk.Llama(config, kv), random_params(config), set()

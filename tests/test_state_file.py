@@ -20,7 +20,13 @@ def read(kv, dtype="float32"):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "kv", [fk.FreqKVConfig(16, 4), fk.SinkWindowConfig(16), fk.FullConfig()], ids=str
+    "kv",
+    [
+        fk.FreqKVConfig(16, 4),
+        pytest.param(fk.SinkWindowConfig(16), marks=pytest.mark.slow),
+        fk.FullConfig(),
+    ],
+    ids=str,
 )
 def test_round_trip(tmp_path, kv, dtype):
     model, logits, state = read(kv, dtype)

@@ -71,9 +71,14 @@ def test_caches_are_make_room_and_append_in_turn(kv, unrolled, monkeypatch):
         assert_close(got, want, COMPRESS)
 
 
-@every
 @pytest.mark.parametrize(
-    "unrolled", [16, pytest.param(2, marks=pytest.mark.slow)], ids=["unrolled", "loop"]
+    ("kv", "unrolled"),
+    [
+        *((POLICIES[i], 16) for i in (0, 4)),
+        (POLICIES[2], 2),
+        *(pytest.param(kv, n, marks=pytest.mark.slow) for kv in POLICIES for n in (16, 2)),
+    ],
+    ids=str,
 )
 def test_gradients_are_those_of_the_obvious_form(kv, unrolled, monkeypatch):
     monkeypatch.setattr(linear, "UNROLLED", unrolled)

@@ -13,9 +13,9 @@ from tests.tolerances import GRAD_REL_L2, LOSS, assert_close, rel_l2
 
 # (heads, kv, T): at least three compressions each, the last chunk partial.
 CASES = [
-    ((4, 4), FreqKVConfig(16, 4), 41),
+    pytest.param((4, 4), FreqKVConfig(16, 4), 41, marks=pytest.mark.slow),
     ((6, 2), FreqKVConfig(16, 4), 41),
-    ((6, 2), FreqKVConfig(16, 4, method="fft"), 41),
+    pytest.param((6, 2), FreqKVConfig(16, 4, method="fft"), 41, marks=pytest.mark.slow),
     ((4, 2), FreqKVConfig(18, 3, 4, 0.5, method="fft"), 45),  # span 11, keep 5
     ((3, 1), FreqKVConfig(17, 2, 4, 0.45), 49),  # span 11, keep 4, R > 0
     ((4, 2), FreqKVConfig(15, 2, 3, 0.0), 47),  # L = 0

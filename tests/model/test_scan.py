@@ -19,15 +19,13 @@ POLICIES = {
 @pytest.mark.parametrize("policy", POLICIES)
 def test_reading_by_a_loop_changes_nothing(policy, monkeypatch):
     model, params = fk.Llama(CONFIG, POLICIES[policy]), random_params(CONFIG)
-    ids = np.random.default_rng(1).integers(0, 61, (2, 45))
-    lengths = [45, 30]
+    ids = np.random.default_rng(1).integers(0, 61, (2, 25))
+    lengths = [25, 20]
     found = []
     for limit in (0, reading.SCAN_BYTES):
         monkeypatch.setattr(reading, "SCAN_BYTES", limit)
         assert reading.Runner(model, params, 2).reading.scan_layers == bool(limit)
-        found.append(
-            (fk.score(model, params, ids, lengths), *fk.prefill(model, params, ids, lengths))
-        )
+        found.append(fk.prefill(model, params, ids, lengths))
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, other, atol=PRIMITIVE)
 
