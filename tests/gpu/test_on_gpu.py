@@ -10,6 +10,7 @@ import pytest
 
 import freqkv_jax as fk
 from freqkv_jax.model.attention import attend
+from freqkv_jax.model.llama import REMAT
 from tests import oracle
 from tests.tiny import random_params, random_tokens, tiny_config
 from tests.tolerances import BF16_REL_L2, LOGITS, assert_close, rel_l2
@@ -118,3 +119,17 @@ def test_the_real_model_in_bfloat16(smollm2_gguf):
     model, params = fk.load_pretrained(smollm2_gguf, kv=kv, dtype="bfloat16")
     got = fk.score(model, params, tokens)
     assert abs(float(got.mean() - want.mean())) < 0.02 * abs(float(want.mean())) + 0.01
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("attention", 1), ("dots", 2)])
+def test_forward_passes_of_attention_in_a_gradient(remat, times):
+    """What rematerialisation keeps of cuDNN's attention; traced only."""
+    x = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return attend(q, k, v, "cudnn").astype(jnp.float32).sum()
+
+    gradient = jax.grad(jax.checkpoint(loss, policy=REMAT[remat]), (0, 1, 2))
+    made = str(jax.make_jaxpr(gradient)(x, x, x))
+    assert made.count("dot_product_attention_fwd") == times
+    assert made.count("dot_product_attention_bwd") == 1
