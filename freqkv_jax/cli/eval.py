@@ -226,9 +226,9 @@ class _SuiteRunner:
         self.key: Any = None
         self.model: Any = None
         self.params: Any = None
+        self.tokenizer: Any = None
 
     def __call__(self, cell: Any, output: str) -> dict[str, Any]:
-        import freqkv_jax as fk
         from freqkv_jax.evals import drive
         from freqkv_jax.evals.engine import ModelEngine
 
@@ -248,15 +248,23 @@ class _SuiteRunner:
         )
         self._load(cell, flags)
         model = self.model if cell.kv is None else self.model.clone(kv=cell.kv)
-        engine = ModelEngine(model, self.params, lambda: fk.load_tokenizer(path), batch_size)
+        engine = ModelEngine(model, self.params, lambda: self._tokenizer(path), batch_size)
         return drive.run_task(cell.task, engine, settings)
+
+    def _tokenizer(self, path: str) -> Any:
+        import freqkv_jax as fk
+
+        if self.tokenizer is None:
+            self.tokenizer = fk.load_tokenizer(path)
+        return self.tokenizer
 
     def _load(self, cell: Any, flags: dict[str, Any]) -> None:
         if self.key == cell.model_key:
             return
         import freqkv_jax as fk
 
-        self.key = self.model = self.params = None  # the old one's memory is free before
+        # The old one's memory is free before the new one comes.
+        self.key = self.model = self.params = self.tokenizer = None
         enable_compile_cache()
         mesh = fk.make_mesh(**parse_mesh(flags["mesh"])) if flags.get("mesh") else None
         dtype = flags.get("dtype") or default_dtype()

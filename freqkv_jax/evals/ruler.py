@@ -66,6 +66,13 @@ class Ruler:
 
     def items(self, engine: Engine) -> Sequence[Prompt]:
         """All samples; ValueError for options, FileNotFoundError for corpora, ImportError."""
+        # A suite asks again for each policy, and making samples takes longer than reading them.
+        made = self.__dict__.get("_made")
+        if made is None or made[0] is not engine.tokenizer:
+            made = self.__dict__["_made"] = engine.tokenizer, self._items(engine)
+        return made[1]
+
+    def _items(self, engine: Engine) -> Sequence[Prompt]:
         names = self._checked()
         makers = {
             (name, length): self._maker(name, length, engine.tokenizer)

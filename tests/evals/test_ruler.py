@@ -177,6 +177,16 @@ def test_the_same_samples_everywhere(corpus):
     assert len(set(one)) == len(one)
 
 
+def test_samples_are_made_once_for_a_tokenizer(corpus):
+    """A suite asks for each policy's."""
+    ruler, engine = task(corpus, "vt"), FakeEngine()
+    first = ruler.items(engine)
+    engine.model = FakeEngine(kv=FullConfig()).model
+    assert ruler.items(engine) is first
+    again = ruler.items(FakeEngine())
+    assert again is not first and again == first
+
+
 def test_a_sample_does_not_depend_on_how_many_there_are(corpus):
     engine = FakeEngine()
     few, many = (task(corpus, "vt", "cwe", num_samples=n).items(engine) for n in (1, 3))
