@@ -9,19 +9,20 @@ from jaxtyping import Array
 from freqkv_jax.bench.timing import MIN_REPEATS, measure_host
 from freqkv_jax.model.layers import matmul
 
-CALLS = 10  # in a row, so that the time to launch one is hidden behind the one before
-
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: elements copied, and the side of the square matrices."""
+    """What is measured: elements copied, the side of the square matrices, and how many products
+    and copies in a row are one call (so that the time to launch one hides behind the one before).
+    """
 
     copy_elements: int
     matmul_side: int
+    calls: int = 10
 
 
 ACCELERATOR = Sizes(1 << 28, 8192)  # 1 GiB of float32
-CPU = Sizes(1 << 26, 2048)  # larger than its caches, and done in seconds
+CPU = Sizes(1 << 26, 2048, calls=2)  # larger than its caches, and done in seconds
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,18 @@ def measure_ceilings(
     """Measures both rates; the matrices hold random numbers (zeros may run faster)."""
     if sizes is None:
         sizes = CPU if jax.devices()[0].platform == "cpu" else ACCELERATOR
-    copy = measure_host(copy_call(sizes.copy_elements), repeats).median
-    product = measure_host(matmul_call(sizes.matmul_side, dtype), repeats).median
+    copy = measure_host(copy_call(sizes.copy_elements, sizes.calls), repeats).median
+    product = measure_host(matmul_call(sizes.matmul_side, dtype, sizes.calls), repeats).median
     return Ceilings(
-        CALLS * 2 * sizes.matmul_side**3 / product,
-        CALLS * 8 * sizes.copy_elements / copy,
+        sizes.calls * 2 * sizes.matmul_side**3 / product,
+        sizes.calls * 8 * sizes.copy_elements / copy,
         dtype,
         sizes,
     )
 
 
-def copy_call(elements: int) -> Callable[[int], Array]:
-    """CALLS runs of x + 1 on float32, each on the result of the one before.
+def copy_call(elements: int, calls: int) -> Callable[[int], Array]:
+    """`calls` runs of x + 1 on float32, each on the result of the one before.
 
     Each run is a program of its own: of additions in one program the compiler makes one.
     """
@@ -64,15 +65,15 @@ def copy_call(elements: int) -> Callable[[int], Array]:
     box = [jax.random.normal(jax.random.key(0), (elements,))]
 
     def call(_: int) -> Array:
-        for _ in range(CALLS):
+        for _ in range(calls):
             box[0] = add(box[0])
         return box[0]
 
     return call
 
 
-def matmul_call(side: int, dtype: str) -> Callable[[int], Array]:
-    """CALLS matrix products, each on the result of the one before."""
+def matmul_call(side: int, dtype: str, calls: int) -> Callable[[int], Array]:
+    """`calls` matrix products, each on the result of the one before."""
     product = jax.jit(matmul)
 
     def normal(seed: int, scale: float) -> Array:
@@ -83,7 +84,7 @@ def matmul_call(side: int, dtype: str) -> Callable[[int], Array]:
 
     def call(_: int) -> Array:
         x = left
-        for _ in range(CALLS):
+        for _ in range(calls):
             x = product(x, right)
         return x
 
