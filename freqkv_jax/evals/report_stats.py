@@ -45,7 +45,7 @@ def paired_difference(
 
     Args:
       ours, theirs: part -> sample's key -> value. Parts (data sets, say) count alike, whatever
-        their size; samples are drawn anew within each.
+        their size; samples are drawn anew within each, those of parts with one sample among them.
       block: neighbours (in the order of `ours`) that are drawn together, as overlapping windows
         of one text must be (moving blocks).
 
@@ -65,7 +65,12 @@ def paired_difference(
     if count // block < MIN_SAMPLES:
         return Difference(mean, None, None, count)
     rng = np.random.default_rng(seed)
-    means = np.mean([_resampled_means(pairs, block, resamples, rng) for pairs in parts], axis=0)
+    # Parts of one sample each show no spread within: they are drawn anew among themselves.
+    lone = [pairs for pairs in parts if len(pairs) == 1]
+    weighted = [(pairs, 1) for pairs in parts if len(pairs) > 1]
+    weighted += [(np.concatenate(lone), len(lone))] if lone else []
+    total = sum(w * _resampled_means(pairs, block, resamples, rng) for pairs, w in weighted)
+    means = total / len(parts)
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(means, (tail, 100 - tail))
     return Difference(mean, float(low), float(high), count)

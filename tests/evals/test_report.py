@@ -383,3 +383,15 @@ def test_means_are_those_of_the_records():
     (series,) = series_of(Run("x", result("of_tomorrow", "freqkv", records)))
     assert_close(series.mean, 0.75, FLOAT64)
     assert series.column == "all" and series.count == 3
+
+
+def test_parts_of_one_sample_are_drawn_among_themselves():
+    values = [0.0, 1.0, 2.0, 5.0, 2.0, 3.0]
+    ours = {f"part {i}": {"0": value} for i, value in enumerate(values)}
+    theirs = {part: {"0": 0.0} for part in ours}
+    alone = paired_difference(ours, theirs)
+    joined = paired_difference(
+        {"all": {str(i): v for i, v in enumerate(values)}},
+        {"all": dict.fromkeys(map(str, range(len(values))), 0.0)},
+    )
+    assert alone == joined and alone.low < alone.mean < alone.high
