@@ -1,6 +1,7 @@
 """Low-pass resampling of a sequence: orthonormal DCT-II, first coefficients, inverse DCT."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -76,20 +77,28 @@ def fold_matmul(stacked: Float[Array, "2 rows cols"], x: Array, keep: int, axis:
     """Applies the map of `stacked_lowpass` along `axis`, in x's dtype."""
     x = jnp.moveaxis(x, axis, 0)
     half = (x.shape[0] + 1) // 2
-    return jnp.moveaxis(map_halves(stacked, x[:half], x[::-1][:half], keep), 0, axis)
+    (out,) = map_halves(stacked, (x[:half],), (x[::-1][:half],), keep)
+    return jnp.moveaxis(out, 0, axis)
 
 
-def map_halves(stacked: Array, low: Array, high: Array, keep: int) -> Array:
-    """The map on a span given as its first half and its second one, which runs backwards.
+def map_halves(
+    stacked: Array, lows: Sequence[Array], highs: Sequence[Array], keep: int
+) -> tuple[Array, ...]:
+    """The map on spans given as their first halves and their second ones, which run backwards.
 
-    A middle entry is in both. low, high: [ceil(n/2), ...]; [keep, ...] in their dtype.
+    A middle entry is in both. lows, highs: [ceil(n/2), ...], all of one shape, to as many
+    [keep, ...] in their dtype. All go through one product: XLA would join products that share the
+    map anyhow, but by copies of what goes in, what comes out, and the gradients.
     The sums, and within the product too, are float32 (or float64).
     """
-    dtype, work = low.dtype, _work_dtype(low.dtype)
-    low, high = low.astype(work), high.astype(work)
-    halves = jnp.stack([low + high, low - high]).astype(dtype)
-    more = stacked.shape[2] - low.shape[0]
-    halves = jnp.pad(halves, ((0, 0), (0, more)) + ((0, 0),) * (low.ndim - 1))
+    dtype, work = lows[0].dtype, _work_dtype(lows[0].dtype)
+    folded = []
+    for low, high in zip(lows, highs, strict=True):
+        low, high = low.astype(work), high.astype(work)
+        folded.append(jnp.stack([low + high, low - high]).astype(dtype))
+    halves = jnp.stack(folded, axis=2)
+    more = stacked.shape[2] - halves.shape[1]
+    halves = jnp.pad(halves, ((0, 0), (0, more)) + ((0, 0),) * (halves.ndim - 2))
     # float32 must be float32 on a GPU or TPU too, where the default is tf32 or bfloat16.
     precision = jax.lax.Precision.HIGHEST if dtype == work else jax.lax.Precision.DEFAULT
     # Half precision is rounded here already: units add in float32, and float32 halves would be
@@ -103,11 +112,16 @@ def map_halves(stacked: Array, low: Array, high: Array, keep: int) -> Array:
             preferred_element_type=dtype,
         ),
         MAPPED,
-    ).astype(work)
-    # Entries i and keep-1-i of the result are the sum and the difference of the two.
-    first = (even + odd)[: (keep + 1) // 2]
-    last = (even - odd)[: keep // 2]
-    return jnp.concatenate([first, last[::-1]]).astype(dtype)
+    )
+    return tuple(_unfolded(even[:, i], odd[:, i], keep) for i in range(len(lows)))
+
+
+def _unfolded(even: Array, odd: Array, keep: int) -> Array:
+    """Entries i and keep-1-i of a result are the sum and the difference of its two halves."""
+    work = _work_dtype(even.dtype)
+    wide, other = even.astype(work), odd.astype(work)
+    first, last = (wide + other)[: (keep + 1) // 2], (wide - other)[: keep // 2]
+    return jnp.concatenate([first, last[::-1]]).astype(even.dtype)
 
 
 def dct(x: Array, axis: int = -1) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from freqkv_jax import spectral
-from freqkv_jax.kv.linear import LinearPolicy
+from freqkv_jax.kv.linear import LinearPolicy, Parts
 from freqkv_jax.kv.policy import Maps, register
 
 
@@ -54,8 +54,9 @@ class FreqKVConfig(LinearPolicy):
             return spectral.lowpass_fft(x, self.keep, axis).astype(x.dtype)
         return spectral.fold_matmul(maps["stacked"], x, self.keep, axis)
 
-    def map_parts(self, mapped: Array, raw: Array, maps: Maps) -> Array:
+    def map_parts(self, mapped: Parts, raw: Parts, maps: Maps) -> Parts:
         """As the base class has it; parts of equal size are the halves that the map folds."""
-        if self.keep and self.method == "matmul" and mapped.shape == raw.shape:
-            return spectral.map_halves(maps["stacked"], mapped, raw[::-1], self.keep)
+        if self.keep and self.method == "matmul" and mapped[0].shape == raw[0].shape:
+            backwards = [part[::-1] for part in raw]
+            return spectral.map_halves(maps["stacked"], mapped, backwards, self.keep)
         return super().map_parts(mapped, raw, maps)

@@ -17,6 +17,7 @@ from freqkv_jax.kv.policy import (
 )
 from freqkv_jax.rope import Rope
 
+Parts = tuple[Array, ...]  # of keys and of values
 UNROLLED = 8  # rounds written out one by one; further ones run in a loop
 
 
@@ -80,9 +81,10 @@ class LinearPolicy(KVPolicy):
         """Entries between sinks and recents to `prefix - sink - recent` ones, in x's dtype."""
         raise TypeError(f"{type(self).__name__} must define map_span")
 
-    def map_parts(self, mapped: Array, raw: Array, maps: Maps) -> Array:
-        """`map_span` along axis 0 of a span in two parts: what a round gave and what came since."""
-        return self.map_span(jnp.concatenate([mapped, raw]), 0, maps)
+    def map_parts(self, mapped: Parts, raw: Parts, maps: Maps) -> Parts:
+        """`map_span` along axis 0 of spans in two parts: what a round gave and what came since."""
+        spans = (jnp.concatenate(pair) for pair in zip(mapped, raw, strict=True))
+        return tuple(self.map_span(span, 0, maps) for span in spans)
 
     def shrink(self, x: Array, axis: int, maps: Maps) -> Array:
         """One round on keys (not rotated) or values: N entries along `axis` become P."""
@@ -124,77 +126,86 @@ class LinearPolicy(KVPolicy):
     ) -> ChunkCaches:
         """The recurrence on what the map gives alone, then each cache written in one piece."""
         with jax.named_scope("chunk_caches"):
-            k_first = jnp.swapaxes(rope.rotate_slots(memory.k, inverse=True), 1, 2)
-            k_all = self._caches(memory.k, k_first, k, maps, rope)
-            v_first = jnp.swapaxes(memory.v, 1, 2)
-            v_all = self._caches(memory.v, v_first, v, maps, None)
+            batch, chunks, size = k.shape[:3]
+            start = self.prefix - self.recent
+            k_first = rope.rotate_slots(memory.k, inverse=True)
+            firsts = [jnp.swapaxes(x, 1, 2) for x in (k_first, memory.v)]
+            streams = [
+                [first[:, start:], new.reshape(batch, chunks * size, *new.shape[3:])]
+                for first, new in zip(firsts, (k, v), strict=True)
+            ]
+            first = tuple(_slots_first(x[:, self.sink_size : start]) for x in firsts)
+            # Once, and not in each turn of a loop.
+            maps = {name: array.astype(k.dtype) for name, array in maps.items()}
+            mapped = self._recur(first, streams, chunks, maps)
+            # Sinks as they rest: turned back and forth they would be rounded.
+            k_all, v_all = (
+                self._written(rest[:, :, : self.sink_size], some, stream, turn)
+                for rest, some, stream, turn in zip(
+                    (memory.k, memory.v),
+                    zip(*mapped, strict=True),
+                    streams,
+                    (rope, None),
+                    strict=True,
+                )
+            )
             end = _memory_after(memory, k_all, v_all, counts, self.chunk)
             return ChunkCaches(k_all, v_all, end)
 
-    def _caches(
-        self, resting: Array, first: Array, tokens: Array, maps: Maps, rope: Rope | None
+    def _recur(
+        self, mapped: Parts, streams: list[list[Array]], rounds: int, maps: Maps
+    ) -> list[Parts]:
+        """What each round's map gives of keys and of values, [L, B, K, D].
+
+        Args:
+          mapped: of the memory, [L, B, K, D]. streams: the raw entries behind it and then all
+            tokens, [B, ., K, D]; round c maps Q of them from c Q on.
+        """
+        size = self.chunk
+
+        def raw(start: int, length: int) -> Parts:
+            return tuple(_slots_first(_window(stream, start, length)) for stream in streams)
+
+        now, out = mapped, []
+        for c in range(rounds if rounds <= UNROLLED else 1):
+            now = self.map_parts(now, raw(c * size, size), maps)
+            out.append(now)
+        if len(out) == rounds:
+            return out
+
+        def one_round(now: Parts, raw: Parts) -> tuple[Parts, Parts]:
+            now = self.map_parts(now, raw, maps)
+            return now, now
+
+        rest = [x.reshape(rounds - 1, size, *x.shape[1:]) for x in raw(size, (rounds - 1) * size)]
+        _, more = jax.lax.scan(one_round, now, tuple(rest))
+        return out + list(zip(*more, strict=True))
+
+    def _written(
+        self, sinks: Array, mapped: tuple[Array, ...], stream: list[Array], rope: Rope | None
     ) -> Array:
         """The caches [B, C, N, K, D] of keys (turned to their slots by `rope`) or values.
 
         A cache is [sinks | entries mapped | entries raw]. The raw ones are a window of the tokens
-        and the sinks never change, so that only what is mapped goes from round to round.
-
-        Args:
-          resting: [B, K, N, D], of which the sinks are taken: turned back and forth they would be
-            rounded. first: the same memory, its keys turned back, [B, N, K, D].
-          tokens: [B, C, Q, K, D].
+        and the sinks [B, K, S, D] never change, so that only what is mapped is carried around.
         """
-        batch, chunks, size = tokens.shape[:3]
-        start = self.prefix - self.recent
-        stream = [first[:, start:], tokens.reshape(batch, chunks * size, *tokens.shape[3:])]
-        sinks = jnp.swapaxes(resting[:, :, : self.sink_size], 1, 2)
-        slot = jnp.arange(self.sink_size, self.capacity, dtype=jnp.int32)
-        old_slots, raw_slots = slot[: start - self.sink_size], slot[start - self.sink_size :]
+        size, start = self.chunk, self.prefix - self.recent
+        slot = jnp.arange(self.capacity, dtype=jnp.int32)
+        parts = []
+        # One flat list: caches that are joined first and stacked then would be written twice.
+        for c, old in enumerate(mapped):
+            old = _slots_first(old)
+            raw = _window(stream, (c + 1) * size, size + self.recent)
+            if rope is not None:
+                old = rope.rotate_tokens(old, slot[self.sink_size : start])
+                raw = rope.rotate_tokens(raw, slot[start:])
+            parts += [jnp.swapaxes(sinks, 1, 2), old, raw]
+        flat = jnp.concatenate(parts, axis=1)
+        return flat.reshape(flat.shape[0], len(mapped), self.capacity, *flat.shape[2:])
 
-        def pieces(old: Array, raw: Array) -> list[Array]:
-            if rope is None:
-                return [old, raw]
-            return [rope.rotate_tokens(old, old_slots), rope.rotate_tokens(raw, raw_slots)]
 
-        windows = [_window(stream, (c + 1) * size, size + self.recent) for c in range(chunks)]
-        mapped = self._recur(first[:, self.sink_size : start], stream, chunks, maps)
-        if isinstance(mapped, list):
-            # One flat list: caches that are joined first and stacked then would be written twice.
-            parts = []
-            for old, raw in zip(mapped, windows, strict=True):
-                parts += [sinks, *pieces(jnp.swapaxes(old, 0, 1), raw)]
-            flat = jnp.concatenate(parts, axis=1)
-            return flat.reshape(batch, chunks, self.capacity, *flat.shape[2:])
-        sinks = jnp.broadcast_to(sinks[:, None], (batch, chunks, *sinks.shape[1:]))
-        raw = jnp.stack(windows, axis=1) if self.recent else tokens
-        return jnp.concatenate([sinks, *pieces(jnp.moveaxis(mapped, 2, 0), raw)], axis=2)
-
-    def _recur(
-        self, mapped: Array, stream: list[Array], rounds: int, maps: Maps
-    ) -> list[Array] | Array:
-        """What each round's map gives, [L, B, K, D]: a list of few, an array of many.
-
-        Args:
-          mapped: [B, L, K, D] of the memory. stream: the raw entries behind them and then all
-            tokens, [B, ., K, D]; round c maps Q of them from c Q on.
-        """
-        size = self.chunk
-        now, out = jnp.swapaxes(mapped, 0, 1), []
-        for c in range(rounds if rounds <= UNROLLED else 1):
-            raw = jnp.swapaxes(_window(stream, c * size, size), 0, 1)
-            now = self.map_parts(now, raw, maps)
-            out.append(now)
-        if len(out) == rounds:
-            return out
-        rest = _window(stream, size, (rounds - 1) * size)
-        rest = rest.reshape(rest.shape[0], rounds - 1, size, *rest.shape[2:])
-
-        def one_round(now: Array, raw: Array) -> tuple[Array, Array]:
-            now = self.map_parts(now, raw, maps)
-            return now, now
-
-        _, more = jax.lax.scan(one_round, now, jnp.moveaxis(rest, 0, 2))
-        return jnp.concatenate([out[0][None], more])
+def _slots_first(x: Array) -> Array:
+    return jnp.swapaxes(x, 0, 1)
 
 
 def _window(stream: list[Array], start: int, size: int) -> Array:
