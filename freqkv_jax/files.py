@@ -1,10 +1,12 @@
-"""Writing files that appear whole or not at all."""
+"""Files that appear whole or not at all, and what tells one large file from another."""
 
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+EDGE_BYTES = 1 << 20
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
@@ -28,3 +30,12 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[str], Any]) -> No
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 text so, line ends as they are."""
     write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8", newline=""))
+
+
+def edges(path: Any) -> bytes:
+    """The first and the last MiB of a file (they overlap in a small one): quick however large."""
+    with path.open("rb") as file:
+        first = file.read(EDGE_BYTES)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - EDGE_BYTES))
+        return first + file.read(EDGE_BYTES)

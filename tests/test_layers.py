@@ -15,7 +15,7 @@ PACKAGE = "freqkv_jax"
 # own. A line is a pattern of module names below freqkv_jax; modules of one line are strangers to
 # each other, except where it says "together".
 LAYERS = {
-    "L0": ["config", "spectral", "rope", "sharding", "files", "hlo_text", "hlo"],
+    "L0": ["config", "spectral", "rope", "sharding", "files", "token_ids", "hlo_text", "hlo"],
     "L1": ["kv.policy", "kv.state", "kv.linear", "kv.choosing", "kv.scored", "kv.*", "kv"],
     "L2": [
         "model.attention",

@@ -10,8 +10,10 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-TOKEN_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+from freqkv_jax.token_ids import TOKEN_DTYPES, check_ids, dtype_for
+
 T = TypeVar("T")
+WRONG_IDS = "the file was made for another tokenizer, or --token-dtype is wrong"
 BLOCK_BYTES = 1 << 24  # a file is hashed and checked this much at a time
 
 
@@ -111,7 +113,7 @@ def load_tokens(
         raw = text.read_bytes()
         digest.update(raw if text == file else f"{text.name} {len(raw)}\n".encode() + raw)
         tokens = np.asarray(begin + encoder.encode(_decoded(text, raw)), np.int32)
-        _check_ids(text, tokens, vocab_size)
+        check_ids(text.name, tokens, vocab_size, WRONG_IDS)
         parts.append(tokens)
     offsets = tuple(np.cumsum([0, *map(len, parts)]).tolist())
     names = tuple(text.name for text in files) if file.is_dir() else ()
@@ -136,7 +138,7 @@ def _decoded(file: Path, raw: bytes) -> str:
 
 
 def _load_token_file(file: Path, vocab_size: int, token_dtype: str | None) -> TokenStream:
-    name = token_dtype or ("uint16" if vocab_size <= 65536 else "uint32")
+    name = token_dtype or dtype_for(vocab_size)
     if name not in TOKEN_DTYPES:
         allowed = ", ".join(TOKEN_DTYPES)
         raise ValueError(f"token dtype {name!r} is not known; allowed: {allowed}")
@@ -159,7 +161,7 @@ def _load_token_file(file: Path, vocab_size: int, token_dtype: str | None) -> To
     for start in range(0, len(tokens), step):
         block = tokens[start : start + step]
         digest.update(block.tobytes())
-        _check_ids(file, block, vocab_size, start)
+        check_ids(file.name, block, vocab_size, WRONG_IDS, start)
     offsets = _offsets(file.with_suffix(".json"), len(tokens))
     return TokenStream(tokens, str(file), digest.hexdigest(), name, offsets)
 
@@ -181,17 +183,6 @@ def _offsets(sidecar: Path, num_tokens: int) -> tuple[int, ...] | None:
             f"{sidecar}: offsets must rise from 0 to the {num_tokens:,} tokens of the .bin file"
         )
     return tuple(offsets)
-
-
-def _check_ids(file: Path, tokens: np.ndarray, vocab_size: int, offset: int = 0) -> None:
-    outside = np.flatnonzero(tokens >= vocab_size)
-    if outside.size:
-        first = int(outside[0])
-        raise ValueError(
-            f"{file.name} holds token id {int(tokens[first])} at place {first + offset}, but the"
-            f" model's vocabulary is 0 to {vocab_size - 1}; the file was made for another"
-            " tokenizer, or --token-dtype is wrong"
-        )
 
 
 def window_starts(

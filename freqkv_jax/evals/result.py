@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from freqkv_jax.files import write_text
+from freqkv_jax.files import edges, write_text
 from freqkv_jax.kv.policy import policy_to_dict
 from freqkv_jax.model.llama import Llama
 
 PACKAGES = ("freqkv-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors", "gguf")
-EDGE_BYTES = 1 << 20
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
@@ -106,10 +105,7 @@ def model_fingerprint(path: str | os.PathLike[str]) -> str | None:
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as data:
-            digest.update(data.read(EDGE_BYTES))
-            data.seek(max(0, size - EDGE_BYTES))
-            digest.update(data.read(EDGE_BYTES))
+        digest.update(edges(file))
     return digest.hexdigest()
 
 

@@ -4,14 +4,14 @@ import contextlib
 import gzip
 import hashlib
 import io
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from freqkv_jax.files import edges
+
 BLOCK_BYTES = 1 << 24
-EDGE_BYTES = 1 << 20
 CHECKED_AT_ONCE = 64  # files that one check looks at, so that a batch never waits for thousands
 
 
@@ -95,13 +95,7 @@ def file_sha256(path: Any) -> str:
 
 def edges_sha256(path: Any) -> str:
     """Hex digest of the first and the last MiB: quick however large the file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(EDGE_BYTES))
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - EDGE_BYTES))
-        digest.update(file.read(EDGE_BYTES))
-    return digest.hexdigest()
+    return hashlib.sha256(edges(path)).hexdigest()
 
 
 def _stamp(path: Any) -> tuple[int, int]:

@@ -12,11 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from freqkv_jax.token_ids import TOKEN_DTYPES, check_ids, dtype_for
 from freqkv_jax.training.paths import BLOCK_BYTES, Watch, edges_sha256, file_sha256, path_of
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 INDEX = "tokens.json"
 FORMAT = "freqkv-tokens-1"
+WRONG_IDS = (
+    "it was made for another tokenizer, or holds ids of another width (uint16 where the vocabulary"
+    " fits, else uint32)"
+)
 
 
 class TokenStore(Protocol):
@@ -39,23 +43,6 @@ class TokenStore(Protocol):
         ...
 
 
-def dtype_for(vocab_size: int) -> str:
-    """uint16 where the vocabulary fits, else uint32."""
-    return "uint16" if vocab_size <= 65536 else "uint32"
-
-
-def check_ids(name: str, tokens: np.ndarray, vocab_size: int, offset: int = 0) -> None:
-    """ValueError that names the first id outside the vocabulary."""
-    outside = np.flatnonzero(tokens >= vocab_size)
-    if outside.size:
-        first = int(outside[0])
-        raise ValueError(
-            f"{name} holds token id {int(tokens[first])} at place {first + offset}, but the model's"
-            f" vocabulary is 0 to {vocab_size - 1}; it was made for another tokenizer, or holds"
-            " ids of another width (uint16 where the vocabulary fits, else uint32)"
-        )
-
-
 class MemoryStore:
     """Documents tokenised just now."""
 
@@ -69,7 +56,7 @@ class MemoryStore:
         """`documents` are ids and, for all or none, answer flags."""
         self._watch = watch
         self._tokens = np.concatenate([d[0] for d in documents] or [np.zeros(0, np.uint32)])
-        check_ids(name, self._tokens, vocab_size)
+        check_ids(name, self._tokens, vocab_size, WRONG_IDS)
         flags = [d[1] for d in documents if d[1] is not None]
         self.has_answers = bool(documents) and len(flags) == len(documents)
         self._answers = np.concatenate(flags).astype(bool) if self.has_answers else None
@@ -169,12 +156,12 @@ def open_flat(files: Sequence[Any], vocab_size: int) -> FileStore:
     """
     shards = []
     for file in files:
-        dtype = DTYPES[dtype_for(vocab_size)]
+        dtype = TOKEN_DTYPES[dtype_for(vocab_size)]
         with file.open("rb") as opened:
             head = np.frombuffer(opened.read(8192)[: 8192 // 4 * 4 or None], np.uint8)
         words = head[: len(head) // 4 * 4].view("<u2")
         if dtype.itemsize == 2 and words.any() and not words[1::2].any() and len(words) >= 8:
-            dtype = DTYPES["uint32"]
+            dtype = TOKEN_DTYPES["uint32"]
         shards.append(_scan(file, dtype, vocab_size))
     offsets = np.cumsum([0, *(s.num_tokens for s in shards)], dtype=np.int64)
     about = repr([(s.sha256, str(s.dtype)) for s in shards])
@@ -195,7 +182,7 @@ def _scan(file: Any, dtype: np.dtype, vocab_size: int) -> Shard:
                     " token ids"
                 )
             offset = num_bytes // dtype.itemsize
-            check_ids(str(file), np.frombuffer(block, dtype), vocab_size, offset)
+            check_ids(str(file), np.frombuffer(block, dtype), vocab_size, WRONG_IDS, offset)
             num_bytes += len(block)
     return Shard(file, dtype, num_bytes // dtype.itemsize, digest.hexdigest())
 
@@ -253,7 +240,7 @@ def open_folder(
         shard = _open_shard(folder, name, about)
         if about["max_token"] >= vocab_size:
             tokens = _read(shard.path, shard.dtype, 0, shard.num_tokens)
-            check_ids(str(shard.path), tokens, vocab_size)
+            check_ids(str(shard.path), tokens, vocab_size, WRONG_IDS)
         shards.append(shard)
         offsets.append(np.asarray(about["offsets"], np.int64)[1:] + base)
         base += shard.num_tokens
@@ -274,7 +261,7 @@ def fingerprint_of(folder: Any, index: dict[str, Any]) -> str:
 
 
 def _open_shard(folder: Any, name: str, about: dict[str, Any]) -> Shard:
-    path, dtype = folder / f"{name}.bin", DTYPES[about["dtype"]]
+    path, dtype = folder / f"{name}.bin", TOKEN_DTYPES[about["dtype"]]
     answers = folder / f"{name}.answers" if about["answers_sha256"] else None
     for file, item, digest in (
         (path, dtype.itemsize, about["sha256"]),

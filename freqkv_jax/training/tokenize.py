@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from freqkv_jax.files import write_text, write_whole
+from freqkv_jax.token_ids import TOKEN_DTYPES, dtype_for
 from freqkv_jax.training.documents import encode_records, tokenizer_sha256, vocabulary_sha256
 from freqkv_jax.training.paths import edges_sha256
 from freqkv_jax.training.records import Record, read_records
-from freqkv_jax.training.store import DTYPES, FORMAT, INDEX, dtype_for, read_json
+from freqkv_jax.training.store import FORMAT, INDEX, read_json
 
 SHARD_CHARS = 1 << 25  # characters of text a shard is made of, about 8M tokens
 
@@ -147,7 +148,7 @@ def _missing(
 
 
 def _is_whole(folder: Path, about: dict[str, Any]) -> bool:
-    sizes = {"bin": about["num_tokens"] * DTYPES[about["dtype"]].itemsize}
+    sizes = {"bin": about["num_tokens"] * TOKEN_DTYPES[about["dtype"]].itemsize}
     if about["answers_sha256"]:
         sizes["answers"] = about["num_tokens"]
     files = {folder / f"{about['name']}.{end}": size for end, size in sizes.items()}
@@ -160,7 +161,7 @@ def _make_shard(
     documents = list(encode_records(batch.records, batch.kind, job.field, tokenizer, job.answers))
     dtype = dtype_for(tokenizer.vocab_size)
     tokens = np.concatenate([np.zeros(0, np.uint32), *(d[0] for d in documents)])
-    raw = tokens.astype(DTYPES[dtype]).tobytes()
+    raw = tokens.astype(TOKEN_DTYPES[dtype]).tobytes()
     flags = None
     if job.answers:
         known = [d[1] for d in documents if d[1] is not None]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from freqkv_jax import files
 from freqkv_jax.evals import result
 
 
@@ -50,7 +51,7 @@ def test_environment():
 
 
 def test_fingerprint_tells_checkpoints_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(result, "EDGE_BYTES", 4)
+    monkeypatch.setattr(files, "EDGE_BYTES", 4)
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"0123456789")
     first = result.model_fingerprint(tmp_path)
