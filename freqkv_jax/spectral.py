@@ -1,16 +1,15 @@
 """Low-pass resampling of a sequence: orthonormal DCT-II, first coefficients, inverse DCT."""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from freqkv_jax import folding
+
 METHODS = ("matmul", "fft")
-MAPPED = "mapped entries"  # the name by which rematerialisation knows what the product gives
 
 
 def _dirichlet(x: np.ndarray, terms: int) -> np.ndarray:
@@ -71,57 +70,6 @@ def _aligned(size: int) -> int:
     """`size`, or the next multiple of 128, 64 or 8 if that is at most a sixteenth more."""
     ups = (-(-size // to) * to for to in (128, 64, 8))
     return next((up for up in ups if up - size <= size // 16), size)
-
-
-def fold_matmul(stacked: Float[Array, "2 rows cols"], x: Array, keep: int, axis: int) -> Array:
-    """Applies the map of `stacked_lowpass` along `axis`, in x's dtype."""
-    x = jnp.moveaxis(x, axis, 0)
-    half = (x.shape[0] + 1) // 2
-    (out,) = map_halves(stacked, (x[:half],), (x[::-1][:half],), keep)
-    return jnp.moveaxis(out, 0, axis)
-
-
-def map_halves(
-    stacked: Array, lows: Sequence[Array], highs: Sequence[Array], keep: int
-) -> tuple[Array, ...]:
-    """The map on spans given as their first halves and their second ones, which run backwards.
-
-    A middle entry is in both. lows, highs: [ceil(n/2), ...], all of one shape, to as many
-    [keep, ...] in their dtype. All go through one product: XLA would join products that share the
-    map anyhow, but by copies of what goes in, what comes out, and the gradients.
-    The sums, and within the product too, are float32 (or float64).
-    """
-    dtype, work = lows[0].dtype, _work_dtype(lows[0].dtype)
-    folded = []
-    for low, high in zip(lows, highs, strict=True):
-        low, high = low.astype(work), high.astype(work)
-        folded.append(jnp.stack([low + high, low - high]).astype(dtype))
-    halves = jnp.stack(folded, axis=2)
-    more = stacked.shape[2] - halves.shape[1]
-    halves = jnp.pad(halves, ((0, 0), (0, more)) + ((0, 0),) * (halves.ndim - 2))
-    # float32 must be float32 on a GPU or TPU too, where the default is tf32 or bfloat16.
-    precision = jax.lax.Precision.HIGHEST if dtype == work else jax.lax.Precision.DEFAULT
-    # Half precision is rounded here already: units add in float32, and float32 halves would be
-    # twice the bytes to write and to keep for the backward pass.
-    even, odd = checkpoint_name(
-        jax.lax.dot_general(
-            stacked.astype(dtype),
-            halves,
-            (((2,), (1,)), ((0,), (0,))),
-            precision=precision,
-            preferred_element_type=dtype,
-        ),
-        MAPPED,
-    )
-    return tuple(_unfolded(even[:, i], odd[:, i], keep) for i in range(len(lows)))
-
-
-def _unfolded(even: Array, odd: Array, keep: int) -> Array:
-    """Entries i and keep-1-i of a result are the sum and the difference of its two halves."""
-    work = _work_dtype(even.dtype)
-    wide, other = even.astype(work), odd.astype(work)
-    first, last = (wide + other)[: (keep + 1) // 2], (wide - other)[: keep // 2]
-    return jnp.concatenate([first, last[::-1]]).astype(even.dtype)
 
 
 def dct(x: Array, axis: int = -1) -> Array:
@@ -200,7 +148,7 @@ def compress(x: Float[Array, "..."], keep: int, axis: int = -2, method: str = "m
     if method == "fft" or keep == 0:
         return lowpass_fft(wide, keep, axis).astype(x.dtype)
     stacked = jnp.asarray(stacked_lowpass(span, keep), wide.dtype)
-    return fold_matmul(stacked, wide, keep, axis).astype(x.dtype)
+    return folding.fold_matmul(stacked, wide, keep, axis).astype(x.dtype)
 
 
 def check_method(method: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import fft as scipy_fft
 
-from freqkv_jax import spectral
+from freqkv_jax import folding, spectral
 from freqkv_jax.spectral import compress
 from tests import oracle
 from tests.tolerances import (
@@ -220,7 +220,7 @@ def test_half_precision_is_float32_inside(dtype, method):
 def test_the_models_bfloat16_fold_accumulates_in_float32():
     stacked = jnp.asarray(spectral.stacked_lowpass(1021, 510), jnp.float32)
     x = jnp.asarray(normal(1021, 4), jnp.bfloat16)
-    got = spectral.fold_matmul(stacked, x, 510, 0)
+    got = folding.fold_matmul(stacked, x, 510, 0)
     assert got.dtype == jnp.bfloat16
     assert rel_l2(got, oracle.low_pass(np.asarray(x, np.float64), 510)) <= BF16_PRIMITIVE_REL_L2
 

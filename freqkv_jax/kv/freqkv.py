@@ -1,15 +1,23 @@
 """FreqKV (arXiv 2505.00570): what lies between sinks and recents is low-pass filtered."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from freqkv_jax import spectral
+from freqkv_jax import folding, spectral
 from freqkv_jax.kv.linear import LinearPolicy, Parts
 from freqkv_jax.kv.policy import Maps, register
+from freqkv_jax.rope import Rope
+
+
+class Halves(NamedTuple):
+    """What a round gave of keys and values, before the last sums of the folded map:
+    [2, rows, 2, B, K, D]."""
+
+    both: Array
 
 
 @register
@@ -52,11 +60,30 @@ class FreqKVConfig(LinearPolicy):
             return jnp.take(x, jnp.arange(0), axis=axis)
         if self.method == "fft":
             return spectral.lowpass_fft(x, self.keep, axis).astype(x.dtype)
-        return spectral.fold_matmul(maps["stacked"], x, self.keep, axis)
+        return folding.fold_matmul(maps["stacked"], x, self.keep, axis)
 
-    def map_parts(self, mapped: Parts, raw: Parts, maps: Maps) -> Parts:
-        """As the base class has it; parts of equal size are the halves that the map folds."""
-        if self.keep and self.method == "matmul" and mapped[0].shape == raw[0].shape:
-            backwards = [part[::-1] for part in raw]
-            return spectral.map_halves(maps["stacked"], mapped, backwards, self.keep)
-        return super().map_parts(mapped, raw, maps)
+    def first_round(self, mapped: Parts, raw: Parts, maps: Maps) -> Any:
+        """As the base class has it; or the product's halves alone, where the parts of a span are
+        the halves that the map folds."""
+        if not self.keep or self.method != "matmul" or mapped[0].shape != raw[0].shape:
+            return super().first_round(mapped, raw, maps)
+        stacked = maps["stacked"]
+        folded = folding.fold_parts(mapped, raw, stacked.shape[2])
+        return Halves(folding.product(stacked, folded))
+
+    def next_round(self, now: Any, raw: Parts, maps: Maps) -> Any:
+        """`first_round` on what a round gave."""
+        if not isinstance(now, Halves):
+            return self.first_round(now, raw, maps)
+        stacked = maps["stacked"]
+        return Halves(folding.product(stacked, folding.refold(now.both, raw, stacked.shape[2])))
+
+    def turned(self, now: Any, rope: Rope, first: int) -> Parts:
+        """As the base class has it."""
+        if not isinstance(now, Halves):
+            return super().turned(now, rope, first)
+        k, v = (now.both[:, :, index] for index in range(2))
+        return (
+            folding.entries_turned(k, self.keep, rope, first),
+            folding.entries_turned(v, self.keep, None),
+        )

@@ -1,11 +1,14 @@
 """Policies whose round is one linear map: sinks and recents stay, the span is mapped."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from freqkv_jax.folding import linear_forms
 from freqkv_jax.kv.policy import (
     ChunkCaches,
     KVPolicy,
@@ -17,8 +20,8 @@ from freqkv_jax.kv.policy import (
 )
 from freqkv_jax.rope import Rope
 
-Parts = tuple[Array, ...]  # of keys and of values
-UNROLLED = 8  # rounds written out one by one; further ones run in a loop
+Parts = tuple[Array, Array]  # of keys and of values
+UNROLLED = 16  # rounds written out one by one; further ones run in a loop
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,24 @@ class LinearPolicy(KVPolicy):
         """Entries between sinks and recents to `prefix - sink - recent` ones, in x's dtype."""
         raise TypeError(f"{type(self).__name__} must define map_span")
 
-    def map_parts(self, mapped: Parts, raw: Parts, maps: Maps) -> Parts:
-        """`map_span` along axis 0 of spans in two parts: what a round gave and what came since."""
-        spans = (jnp.concatenate(pair) for pair in zip(mapped, raw, strict=True))
-        return tuple(self.map_span(span, 0, maps) for span in spans)
+    def first_round(self, mapped: Parts, raw: Parts, maps: Maps) -> Any:
+        """`map_span` along axis 0 of spans in two parts: what a round gave and what came since.
+
+        The result is what the next round goes on from, in whatever form suits the policy.
+        """
+        k, v = (jnp.concatenate(pair) for pair in zip(mapped, raw, strict=True))
+        return self.map_span(k, 0, maps), self.map_span(v, 0, maps)
+
+    def next_round(self, now: Any, raw: Parts, maps: Maps) -> Any:
+        """`first_round` on what a round gave."""
+        return self.first_round(now, raw, maps)
+
+    def turned(self, now: Any, rope: Rope, first: int) -> Parts:
+        """What a round gave as entries [L, B, K, D]: keys, turned to the slots from `first` on,
+        and values."""
+        k, v = now
+        slots = first + jnp.arange(k.shape[0], dtype=jnp.int32)
+        return rope.rotate(k, rope.angles(slots)[:, None, None, :]), v
 
     def shrink(self, x: Array, axis: int, maps: Maps) -> Array:
         """One round on keys (not rotated) or values: N entries along `axis` become P."""
@@ -124,87 +141,141 @@ class LinearPolicy(KVPolicy):
         seen: Array,
         queries: Array | None = None,
     ) -> ChunkCaches:
-        """The recurrence on what the map gives alone, then each cache written in one piece."""
+        """The recurrence on what the map gives alone; sinks and recents are put around it."""
         with jax.named_scope("chunk_caches"):
             batch, chunks, size = k.shape[:3]
             start = self.prefix - self.recent
-            k_first = rope.rotate_slots(memory.k, inverse=True)
-            firsts = [jnp.swapaxes(x, 1, 2) for x in (k_first, memory.v)]
-            streams = [
-                [first[:, start:], new.reshape(batch, chunks * size, *new.shape[3:])]
-                for first, new in zip(firsts, (k, v), strict=True)
-            ]
-            first = tuple(_slots_first(x[:, self.sink_size : start]) for x in firsts)
             # Once, and not in each turn of a loop.
             maps = {name: array.astype(k.dtype) for name, array in maps.items()}
-            mapped = self._recur(first, streams, chunks, maps)
+            k_first = rope.rotate_slots(memory.k, inverse=True)
+            firsts = _both(lambda x: jnp.swapaxes(x, 1, 2), (k_first, memory.v))
             # Sinks as they rest: turned back and forth they would be rounded.
-            k_all, v_all = (
-                self._written(rest[:, :, : self.sink_size], some, stream, turn)
-                for rest, some, stream, turn in zip(
-                    (memory.k, memory.v),
-                    zip(*mapped, strict=True),
-                    streams,
-                    (rope, None),
-                    strict=True,
-                )
+            sinks = _both(
+                lambda x: jnp.swapaxes(x[:, :, : self.sink_size], 1, 2), (memory.k, memory.v)
             )
-            end = _memory_after(memory, k_all, v_all, counts, self.chunk)
+            mapped = _both(lambda x: _swapped(x[:, self.sink_size : start]), firsts)
+            flat = _both(lambda x: x.reshape(batch, chunks * size, *x.shape[3:]), (k, v))
+            streams = [[first[:, start:], new] for first, new in zip(firsts, flat, strict=True)]
+
+            def raw(start: int, length: int) -> Parts:
+                k_some, v_some = (_window(stream, start, length) for stream in streams)
+                return _swapped(k_some), _swapped(v_some)
+
+            def behind(now: Any, recents: Parts) -> Parts:
+                return self._behind_sinks(now, recents, rope)
+
+            recents = [raw((c + 1) * size, self.recent) for c in range(chunks)]
+            now = self.first_round(mapped, raw(0, size), maps)
+            parts = [behind(now, recents[0])]
+            if chunks <= UNROLLED:
+                for c in range(1, chunks):
+                    now = self.next_round(now, raw(c * size, size), maps)
+                    parts.append(behind(now, recents[c]))
+                k_all, v_all = map(_joined, sinks, zip(*parts, strict=True))
+            else:
+                k_all, v_all = self._loop(now, sinks, parts[0], raw, recents[1:], behind, maps)
+            end = self._memory_after(memory, ChunkCaches(k_all, v_all, None), k, v, counts, rope)
             return ChunkCaches(k_all, v_all, end)
 
-    def _recur(
-        self, mapped: Parts, streams: list[list[Array]], rounds: int, maps: Maps
-    ) -> list[Parts]:
-        """What each round's map gives of keys and of values, [L, B, K, D].
+    def _loop(
+        self,
+        now: Any,
+        sinks: Parts,
+        first: Parts,
+        raw: Any,
+        recents: list[Parts],
+        behind: Any,
+        maps: Maps,
+    ) -> Parts:
+        """The rounds behind the first one in a loop, which writes where attention reads."""
+        rounds, size = len(recents), self.chunk
+        wholes = tuple(
+            _placed(_with_sinks(sink, part, rounds + 1), part, 0)
+            for sink, part in zip(sinks, first, strict=True)
+        )
 
-        Args:
-          mapped: of the memory, [L, B, K, D]. streams: the raw entries behind it and then all
-            tokens, [B, ., K, D]; round c maps Q of them from c Q on.
-        """
-        size = self.chunk
+        def one_round(carry: Any, xs: tuple[Array, Parts, Parts]) -> tuple[Any, None]:
+            now, wholes = carry
+            index, some, recents = xs
+            now = self.next_round(now, some, maps)
+            parts = zip(wholes, behind(now, recents), strict=True)
+            return (now, tuple(_placed(*pair, index) for pair in parts)), None
 
-        def raw(start: int, length: int) -> Parts:
-            return tuple(_slots_first(_window(stream, start, length)) for stream in streams)
+        rest = tuple(x.reshape(rounds, size, *x.shape[1:]) for x in raw(size, rounds * size))
+        index = jnp.arange(1, rounds + 1, dtype=jnp.int32)
+        xs = (index, rest, jax.tree.map(lambda *x: jnp.stack(x), *recents))
+        return jax.lax.scan(one_round, (now, wholes), xs)[0][1]
 
-        now, out = mapped, []
-        for c in range(rounds if rounds <= UNROLLED else 1):
-            now = self.map_parts(now, raw(c * size, size), maps)
-            out.append(now)
-        if len(out) == rounds:
-            return out
+    def _behind_sinks(self, now: Any, recents: Parts, rope: Rope) -> Parts:
+        """[entries mapped | entries raw] of keys, turned to their slots, and values,
+        [B, P - S, K, D]."""
+        k, v = _both(_swapped, self.turned(now, rope, self.sink_size))
+        if not self.recent:
+            return k, v
+        slots = jnp.arange(self.prefix - self.recent, self.prefix, dtype=jnp.int32)
+        k_recent, v_recent = _both(_swapped, recents)
+        k_recent = rope.rotate_tokens(k_recent, slots)
+        return jnp.concatenate([k, k_recent], axis=1), jnp.concatenate([v, v_recent], axis=1)
 
-        def one_round(now: Parts, raw: Parts) -> tuple[Parts, Parts]:
-            now = self.map_parts(now, raw, maps)
-            return now, now
-
-        rest = [x.reshape(rounds - 1, size, *x.shape[1:]) for x in raw(size, (rounds - 1) * size)]
-        _, more = jax.lax.scan(one_round, now, tuple(rest))
-        return out + list(zip(*more, strict=True))
-
-    def _written(
-        self, sinks: Array, mapped: tuple[Array, ...], stream: list[Array], rope: Rope | None
-    ) -> Array:
-        """The caches [B, C, N, K, D] of keys (turned to their slots by `rope`) or values.
-
-        A cache is [sinks | entries mapped | entries raw]. The raw ones are a window of the tokens
-        and the sinks [B, K, S, D] never change, so that only what is mapped is carried around.
-        """
-        size, start = self.chunk, self.prefix - self.recent
-        slot = jnp.arange(self.capacity, dtype=jnp.int32)
-        parts = []
-        # One flat list: caches that are joined first and stacked then would be written twice.
-        for c, old in enumerate(mapped):
-            old = _slots_first(old)
-            raw = _window(stream, (c + 1) * size, size + self.recent)
-            if rope is not None:
-                old = rope.rotate_tokens(old, slot[self.sink_size : start])
-                raw = rope.rotate_tokens(raw, slot[start:])
-            parts += [jnp.swapaxes(sinks, 1, 2), old, raw]
-        flat = jnp.concatenate(parts, axis=1)
-        return flat.reshape(flat.shape[0], len(mapped), self.capacity, *flat.shape[2:])
+    def _memory_after(
+        self,
+        memory: Slots,
+        caches: ChunkCaches,
+        k: Array,
+        v: Array,
+        counts: Array | None,
+        rope: Rope,
+    ) -> Slots:
+        """The cache of the chunk in which each row ends (its slots behind fill mean nothing)."""
+        every = (caches.k, caches.v, k, v)
+        if counts is None:
+            ended = [x[:, -1] for x in every]
+        else:
+            last = jnp.maximum((counts + self.chunk - 1) // self.chunk - 1, 0)
+            last = last[:, None, None, None, None]
+            ended = [jnp.take_along_axis(x, last, axis=1)[:, 0] for x in every]
+        slot = jnp.arange(self.prefix, self.capacity, dtype=jnp.int32)
+        ended[2] = rope.rotate_tokens(ended[2], slot)
+        k, v = (jnp.swapaxes(jnp.concatenate(x, axis=1), 1, 2) for x in (ended[::2], ended[1::2]))
+        return Slots(k, v) if counts is None else choose_rows(counts > 0, Slots(k, v), memory)
 
 
-def _slots_first(x: Array) -> Array:
+def _joined(sinks: Array, parts: tuple[Array, ...]) -> Array:
+    """[B, C, P, K, D] from sinks [B, S, K, D] and what stands behind them in each chunk."""
+
+    def plain(sinks: Array, *parts: Array) -> Array:
+        wide = jnp.broadcast_to(sinks[:, None], (sinks.shape[0], len(parts), *sinks.shape[1:]))
+        return jnp.concatenate([wide, jnp.stack(parts, axis=1)], axis=2)
+
+    def cuda(sinks: Array, *parts: Array) -> Array:
+        # Each is written by the kernel that makes it; a join would be one of many branches.
+        whole = _with_sinks(sinks, parts[0], len(parts))
+        for index, part in enumerate(parts):
+            whole = _placed(whole, part, index)
+        return whole
+
+    return linear_forms(plain, cuda, sinks, *parts)
+
+
+def _with_sinks(sinks: Array, part: Array, chunks: int) -> Array:
+    """[B, C, P, K, D] with sinks, and zeros where `part` and its like will be `_placed`."""
+    size = sinks.shape[1] + part.shape[1]
+    whole = jnp.zeros((part.shape[0], chunks, size, *part.shape[2:]), part.dtype)
+    wide = jnp.broadcast_to(sinks[:, None], (sinks.shape[0], chunks, *sinks.shape[1:]))
+    return jax.lax.dynamic_update_slice_in_dim(whole, wide, 0, axis=2)
+
+
+def _placed(whole: Array, part: Array, index: int | Array) -> Array:
+    sink = whole.shape[2] - part.shape[1]
+    return jax.lax.dynamic_update_slice(whole, part[:, None], (0, index, sink, 0, 0))
+
+
+def _both(function: Callable[[Array], Array], parts: Parts) -> Parts:
+    return function(parts[0]), function(parts[1])
+
+
+def _swapped(x: Array) -> Array:
+    """Batch and slots trade places."""
     return jnp.swapaxes(x, 0, 1)
 
 
@@ -216,17 +287,5 @@ def _window(stream: list[Array], start: int, size: int) -> Array:
         if low < high:
             parts.append(part[:, low:high])
         at += part.shape[1]
-    return jnp.concatenate(parts, axis=1) if len(parts) != 1 else parts[0]
-
-
-def _memory_after(
-    memory: Slots, k_all: Array, v_all: Array, counts: Array | None, chunk: int
-) -> Slots:
-    """The cache of the chunk in which each row ends (its slots behind fill mean nothing)."""
-    if counts is None:
-        k, v = k_all[:, -1], v_all[:, -1]
-        return Slots(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-    last = jnp.maximum((counts + chunk - 1) // chunk - 1, 0)[:, None, None, None, None]
-    k, v = (jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (k_all, v_all))
-    ended = Slots(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-    return choose_rows(counts > 0, ended, memory)
+    parts = parts or [stream[0][:, :0]]
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]

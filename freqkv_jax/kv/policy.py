@@ -37,10 +37,13 @@ class Slots(NamedTuple):
 
 
 class ChunkCaches(NamedTuple):
-    """What attention reads for each of C chunks, and the memory in which every row ends."""
+    """What attention reads before each of C chunks, and the memory in which every row ends.
 
-    k: Array  # [B, C, N, K, D], rotated
-    v: Array  # [B, C, N, K, D]
+    The first P slots of the chunks' caches: behind them stand the chunk's own tokens, as they are.
+    """
+
+    k: Array  # [B, C, P, K, D], rotated
+    v: Array  # [B, C, P, K, D]
     memory: Memory
 
 
@@ -158,7 +161,8 @@ class KVPolicy:
         seen: Array,
         queries: Array | None = None,
     ) -> ChunkCaches:
-        """The caches of C chunks at once, which depend on k, v (and queries) alone.
+        """What the caches of C chunks hold before these, at once: it depends on k, v (and queries)
+        alone.
 
         This default repeats make_room and append, one chunk after the other; it defines what a
         faster override must give.
@@ -184,11 +188,11 @@ class KVPolicy:
             left = jnp.clip(counts - index * length, 0, length)
             rotated = None if q_new is None else rope.rotate_tokens(q_new, position)
             k_new = rope.rotate_tokens(k_new, position)
-            now = self.append(
-                self.make_room(now, rope, maps), k_new, v_new, self.prefix, left, rotated
-            )
+            now = self.make_room(now, rope, maps)
+            views = [view[:, :, : self.prefix] for view in self.view(now)]
+            now = self.append(now, k_new, v_new, self.prefix, left, rotated)
             end = choose_rows(left > 0, now, end)
-            return (now, end), self.view(now)
+            return (now, end), tuple(views)
 
         xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (k, v, queries))
         steps = (jnp.arange(chunks, dtype=jnp.int32), *xs)

@@ -3,7 +3,6 @@
 Queries are aligned to the bottom right: with T queries and S keys, query j sees keys 0 .. S-T+j.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from freqkv_jax.model import cudnn
+from freqkv_jax.model.cudnn import ATTENDED
 from freqkv_jax.sharding import BATCH_AXES
 
 BACKENDS = ("auto", "naive", "blocked", "cudnn", "splash")
 QUERY_BLOCK = 128  # queries whose scores are held at once by the blocked form
-ATTENDED = "attended"  # the name by which rematerialisation knows what attention gives
 SPLASH_ALIGN = 128  # splash wants lengths that its blocks divide
 
 
@@ -49,9 +49,38 @@ def attend(
     if backend != "auto":
         return _FORMS[backend](q, k, v)
     special: dict[str, Callable[..., Array]] = {"tpu": splash}
-    if _cudnn_takes(q) and _has_nvidia():
-        special["cuda"] = cudnn
+    if cudnn.takes(q) and cudnn.present():
+        special["cuda"] = cudnn.causal
     return jax.lax.platform_dependent(q, k, v, default=blocked, **special)
+
+
+def attend_behind(
+    q: Float[Array, "B T H D"],
+    old: tuple[Float[Array, "B P K D"], Float[Array, "B P K D"]],
+    new: tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]],
+    backend: str = "auto",
+) -> Float[Array, "B T H D"]:
+    """`attend` on old entries and new ones: query j sees all of old and new[: j + 1].
+
+    Args:
+      old, new: keys and values.
+      backend: as of `attend`. With cuDNN the parts are attended one by one (`cudnn.behind`), the
+        other forms read them joined.
+    """
+    check_backend(backend)
+
+    def joined(q: Array, *parts: Array) -> Array:
+        k, v = (jnp.concatenate(pair, axis=1) for pair in (parts[::2], parts[1::2]))
+        return attend(q, k, v, backend)
+
+    apart = backend in ("auto", "cudnn") and cudnn.takes(q) and cudnn.has_parts()
+    if not apart or not old[0].shape[1]:
+        return joined(q, *old, *new)
+    if backend == "cudnn":
+        return cudnn.behind(q, *old, *new)
+    if not cudnn.present():
+        return joined(q, *old, *new)
+    return jax.lax.platform_dependent(q, *old, *new, default=joined, cuda=cudnn.behind)
 
 
 def naive(q: Array, k: Array, v: Array) -> Array:
@@ -133,34 +162,6 @@ def _softmax_average(q: Array, k: Array, v: Array, first: Array) -> Array:
     ).astype(q.dtype)
 
 
-def cudnn(q: Array, k: Array, v: Array) -> Array:
-    """cuDNN's flash attention (NVIDIA, bfloat16 or float16).
-
-    Its causal mask is aligned to the top left, so shorter queries are padded on the left until
-    both alignments are the same; exact forward and backward, at up to 4/3 of the scores. Of what
-    JAX passes on, nothing moves the mask: sequence lengths end it, a sliding window begins it, and
-    the offsets are those of packed texts.
-    """
-    if not _cudnn_takes(q):
-        raise ValueError(
-            f"cuDNN attention takes bfloat16 or float16 with head_dim a multiple of 8 up to 256,"
-            f" got {q.dtype} and head_dim {q.shape[-1]}; use attention='auto' or 'blocked'"
-        )
-    pad = k.shape[1] - q.shape[1]
-    q = jnp.pad(q, ((0, 0), (pad, 0), (0, 0), (0, 0)))
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    return out[:, pad:]
-
-
-def keeps_attention(prim: Any, *_: Any, **params: Any) -> bool:
-    """Policy of rematerialisation: saves what attention gives, and the statistics it needs back.
-
-    cuDNN's are results of a primitive of JAX's own, known by its name; the other forms give theirs
-    the name ATTENDED.
-    """
-    return params.get("name") == ATTENDED or prim.name.startswith("dot_product_attention_fwd")
-
-
 def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     """Splash attention (TPU). Under a mesh each device runs it on its own rows and heads."""
 
@@ -214,17 +215,4 @@ def _heads_major(x: Array) -> Array:
     return jnp.swapaxes(x, 1, 2)
 
 
-def _cudnn_takes(q: Array) -> bool:
-    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-
-
-@functools.cache
-def _has_nvidia() -> bool:
-    """Whether cuDNN can be traced in this process (the platform is chosen later, at lowering)."""
-    try:
-        return bool(jax.devices("cuda"))
-    except RuntimeError:
-        return False
-
-
-_FORMS = {"naive": naive, "blocked": blocked, "cudnn": cudnn, "splash": splash}
+_FORMS = {"naive": naive, "blocked": blocked, "cudnn": cudnn.causal, "splash": splash}

@@ -9,16 +9,20 @@ from jaxtyping import Array, Float, Int
 
 from freqkv_jax import sharding
 from freqkv_jax.config import LlamaConfig
+from freqkv_jax.folding import MAPPED
 from freqkv_jax.kv import KVPolicy, KVState
 from freqkv_jax.kv.policy import Maps, Memory
-from freqkv_jax.model.attention import attend, attend_cache, check_backend, keeps_attention
+from freqkv_jax.model import cudnn
+from freqkv_jax.model.attention import attend, attend_behind, attend_cache, check_backend
 from freqkv_jax.model.layers import MLP, ROWS, Embed, Linear, RMSNorm
-from freqkv_jax.model.scan import scan_layers
+from freqkv_jax.model.scan import scan_layers, scan_whole
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import BATCH_AXES, P, constrain
-from freqkv_jax.spectral import MAPPED
 
 DTYPES = ("float32", "bfloat16", "float16")
+# In half precision XLA pads and cuts every product on NVIDIA whose rows are no multiple of this:
+# 30 ms of the 7B shape's 930 at 32740 tokens. So the rows of many tokens are padded once.
+ROW_UNIT, MANY_ROWS = 8, 256
 HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)  # [B, T, heads, D]
 # What the backward pass finds of a layer: all of it; its products with weights and with the map;
 # what attention gives, too; or its input.
@@ -29,7 +33,7 @@ _DOTS = jax.checkpoint_policies.save_from_both_policies(
 REMAT = {
     # Gathered weights are gathered again: all layers' would fill the memory.
     "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
-    "attention": jax.checkpoint_policies.save_from_both_policies(_DOTS, keeps_attention),
+    "attention": jax.checkpoint_policies.save_from_both_policies(_DOTS, cudnn.keeps),
     "dots": _DOTS,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -57,35 +61,46 @@ class Attention(nn.Module):
 
         return split(self.q(x)), split(self.k(x)), split(self.v(x))
 
-    def _merge(self, x: Array) -> Array:
-        return self.o(x.reshape(*x.shape[:-2], -1))
+    def _merge(self, x: Array, rows: int | None = None) -> Array:
+        x = x.reshape(*x.shape[:-2], -1)
+        more = 0 if rows is None else rows - x.shape[1]
+        return self.o(jnp.pad(x, ((0, 0), (0, more), (0, 0))) if more else x)
 
-    def __call__(self, x: Array, rope: Rope, maps: Maps) -> Array:
-        """Parallel form on a whole text, from an empty cache: [B, T, E] to [B, T, E]."""
-        q, k, v = self._project(x)
-        length, capacity = x.shape[1], self.kv.capacity
+    def __call__(self, x: Array, rope: Rope, maps: Maps, length: int) -> Array:
+        """Parallel form on a whole text, from an empty cache: [B, T, E] to [B, T, E], of which
+        `length` tokens are the text."""
+        q, k, v = (y[:, :length] for y in self._project(x))
+        capacity = self.kv.capacity
         head = length if capacity is None else min(length, capacity)
         at = jnp.arange(head, dtype=jnp.int32)
         at = self.kv.position(at, at)
         q_head, k_head = (rope.rotate_tokens(y[:, :head], at) for y in (q, k))
         out = attend(q_head, k_head, v[:, :head], self.backend)
         if head == length:
-            return self._merge(out)
+            return self._merge(out, x.shape[1])
         memory = self.kv.init(x.shape[0], k.shape[2], k.shape[3], k.dtype)
         queries = q_head if "queries" in self.kv.needs else None
         memory = self.kv.append(memory, k_head, v[:, :head], 0, queries=queries)
         seen = jnp.full((x.shape[0],), head, jnp.int32)
         q, k, v = (y[:, head:] for y in (q, k, v))
         rest, _ = self._chunks(q, k, v, memory, seen, None, rope, maps)
-        return self._merge(jnp.concatenate([out, rest], axis=1))
+        return self._merge(jnp.concatenate([out, rest], axis=1), x.shape[1])
 
     def block(
-        self, x: Array, memory: Memory, seen: Array, counts: Array, rope: Rope, maps: Maps
+        self,
+        x: Array,
+        memory: Memory,
+        seen: Array,
+        counts: Array,
+        rope: Rope,
+        maps: Maps,
+        length: int,
     ) -> tuple[Array, Memory]:
-        """Parallel form on whole chunks behind full memories; rows take `counts` of the tokens."""
-        q, k, v = self._project(x)
+        """Parallel form on whole chunks, the first `length` tokens, behind full memories; rows
+        take `counts` of them."""
+        q, k, v = (y[:, :length] for y in self._project(x))
         out, memory = self._chunks(q, k, v, memory, seen, counts, rope, maps)
-        return self._merge(out), memory
+        return self._merge(out, x.shape[1]), memory
 
     def _chunks(
         self,
@@ -140,13 +155,12 @@ class Attention(nn.Module):
         offsets = jnp.arange(queries, dtype=jnp.int32)
         steps = jnp.arange(q.shape[1], dtype=jnp.int32)[:, None] * size + offsets[None]
         at = self.kv.position(seen[:, None, None] + steps[None], prefix + offsets)
-        q = rope.rotate_tokens(q[:, :, :queries], at)
-        slots = prefix + queries
-        q, k, v = (
-            constrain(y.reshape(-1, *y.shape[2:]), HEADS_SPEC)
-            for y in (q, caches.k[:, :, :slots], caches.v[:, :, :slots])
+        q, k = (rope.rotate_tokens(y[:, :, :queries], at) for y in (q, k))
+        q, k, v, k_old, v_old = (
+            constrain(y.reshape(batch * y.shape[1], *y.shape[2:]), HEADS_SPEC)
+            for y in (q, k, v[:, :, :queries], caches.k, caches.v)
         )
-        out = attend(q, k, v, self.backend)
+        out = attend_behind(q, (k_old, v_old), (k, v), self.backend)
         return out.reshape(batch, length, *out.shape[2:]), caches.memory
 
     def extend(
@@ -195,8 +209,8 @@ class Block(nn.Module):
     def _feed_forward(self, x: Array) -> Array:
         return x + self.mlp(self.post_norm(x))
 
-    def __call__(self, x: Array, rope: Rope, maps: Maps) -> Array:
-        return self._feed_forward(x + self.attention(self.input_norm(x), rope, maps))
+    def __call__(self, x: Array, rope: Rope, maps: Maps, length: int) -> Array:
+        return self._feed_forward(x + self.attention(self.input_norm(x), rope, maps, length))
 
     def block(self, x: Array, memory: Memory, *args: Any) -> tuple[Array, Memory]:
         out, memory = self.attention.block(self.input_norm(x), memory, *args)
@@ -215,7 +229,7 @@ class Llama(nn.Module):
       attention: back end (freqkv_jax.model.attention.BACKENDS).
       remat: what training recomputes: "none", "attention" (all but products and attention), "dots"
         (all but products) or "full".
-      scan_layers: `block` and `extend` loop over the layers (freqkv_jax.model.scan).
+      scan_layers: the layers are a loop over their stacked weights (freqkv_jax.model.scan).
 
     `apply({"params": p, "maps": maps(model)}, tokens)` is the parallel form, int [B, T] to float32
     logits [B, T, V]; without "maps" the policy's arrays are built in place.
@@ -259,29 +273,55 @@ class Llama(nn.Module):
 
     def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Final hidden states of the parallel form, from an empty cache."""
-        rope, maps, x = self.rope, self._maps(), self._embed(tokens, gather=True)
+        rope, maps, length = self.rope, self._maps(), tokens.shape[1]
+        x = self._embed(self._rows(tokens), gather=True)
+
+        keeps = self.remat != "none" or sharding.splits_weights()
+        if self.scan_layers:
+            lone = self._lone()
+
+            def one(variables: Any, x: Array) -> Array:
+                return lone.apply(variables, x, rope, maps, length)  # pyright: ignore[reportReturnType]
+
+            if keeps:
+                # Nothing in a loop's body can be merged with what its backward pass computes again.
+                one = jax.checkpoint(one, policy=REMAT[self.remat], prevent_cse=False)
+            return self.norm(scan_whole(one, x, self._weights())[:, :length])
 
         def run(layer: Block, x: Array, maps: Maps) -> Array:
-            return layer(x, rope, maps)
+            return layer(x, rope, maps, length)
 
-        if self.remat != "none" or sharding.splits_weights():
+        if keeps:
             run = nn.remat(run, policy=REMAT[self.remat])
         for layer in self.layers:
             x = run(layer, x, maps)
-        return self.norm(x)
+        return self.norm(x[:, :length])
+
+    def _rows(self, tokens: Array) -> Array:
+        """`tokens` with zeros behind them, where a multiple of ROW_UNIT is faster."""
+        length = tokens.shape[1]
+        if length < MANY_ROWS or self.dtype == "float32":
+            return tokens
+        return jnp.pad(tokens, ((0, 0), (0, -length % ROW_UNIT)))
+
+    def _lone(self) -> Block:
+        """A layer that belongs to no model: its weights are given to it."""
+        return Block(self.config, self.kv, self.dtype, self.attention, parent=None)  # pyright: ignore[reportCallIssue]
+
+    def _weights(self) -> list[dict[str, Any]]:
+        return [dict(layer.variables) for layer in self.layers]
 
     def _through(
         self, method: str, x: Array, state: KVState, *args: Any
     ) -> tuple[Array, list[Memory]]:
         """All layers' `method`, one behind the other; x and their memories."""
         if self.scan_layers:
-            lone = Block(self.config, self.kv, self.dtype, self.attention, parent=None)  # pyright: ignore[reportCallIssue]
+            lone = self._lone()
 
             def one(variables: Any, x: Array, memory: Memory) -> tuple[Array, Memory]:
                 return lone.apply(variables, x, memory, *args, method=method)  # pyright: ignore[reportReturnType]
 
-            weights = [dict(layer.variables) for layer in self.layers]
-            return scan_layers(one, x, weights, state.layers)
+            return scan_layers(one, x, self._weights(), state.layers)
         memories = []
         for layer, memory in zip(self.layers, state.layers, strict=True):
             x, memory = getattr(layer, method)(x, memory, *args)
@@ -301,8 +341,10 @@ class Llama(nn.Module):
 
         Rows with counts > 0 must have fill = N; a row with count 0 keeps its state.
         """
-        rope, maps, x = self.rope, self._maps(), self._embed(tokens)
-        x, memories = self._through("block", x, state, state.seen, counts, rope, maps)
+        rope, maps, x = self.rope, self._maps(), self._embed(self._rows(tokens))
+        length = tokens.shape[1]
+        x, memories = self._through("block", x, state, state.seen, counts, rope, maps, length)
+        x = x[:, :length]
         chunk = self.kv.chunk
         fill = self.kv.prefix + counts - (counts + chunk - 1) // chunk * chunk + chunk
         fill = jnp.where(counts > 0, fill, state.fill)

@@ -28,9 +28,19 @@ def scan_layers(
     def one(x: Array, both: Any) -> tuple[Array, Memory]:
         return layer(both[0], x, both[1])
 
-    def stack(trees: Sequence[Any]) -> Any:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-    x, after = jax.lax.scan(one, x, (stack(variables), stack(memories)))
+    x, after = jax.lax.scan(one, x, (_stack(variables), _stack(memories)))
     count = len(memories)
     return x, [jax.tree.map(lambda leaf, i=i: leaf[i], after) for i in range(count)]
+
+
+def scan_whole(layer: Callable[[Any, Array], Array], x: Array, variables: Sequence[Any]) -> Array:
+    """Applies `layer(variables, x)` once for each element of `variables`, in order."""
+
+    def one(x: Array, some: Any) -> tuple[Array, None]:
+        return layer(some, x), None
+
+    return jax.lax.scan(one, x, _stack(variables))[0]
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

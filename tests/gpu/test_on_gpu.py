@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import freqkv_jax as fk
-from freqkv_jax.model.attention import attend
+from freqkv_jax.model.attention import attend, attend_behind
 from freqkv_jax.model.llama import REMAT
 from tests import oracle
 from tests.tiny import random_params, random_tokens, tiny_config
@@ -60,6 +60,36 @@ def test_cudnn_is_the_naive_form(shape):
     assert rel_l2(got.astype(jnp.float32), want) < 0.01
     grads = jax.grad(loss("naive"), (0, 1, 2))(q, k, v)
     for a, b in zip(jax.grad(loss("cudnn"), (0, 1, 2))(*narrow), grads, strict=True):
+        assert rel_l2(a.astype(jnp.float32), b) < 0.02
+
+
+BEHIND = [
+    (2, 100, 256, 8, 2, 128),
+    (2, 4, 2054, 9, 3, 64),
+    (3, 1022, 2048, 9, 3, 64),
+    (1, 2046, 4096, 32, 32, 128),
+]
+
+
+@pytest.mark.parametrize("shape", BEHIND, ids=str)
+def test_parts_attended_apart_are_the_naive_form(shape):
+    """As near as the whole in one piece is."""
+    q, k, v, w = qkv(*shape)
+    old = shape[2] - shape[1]
+
+    def loss(form):
+        return lambda q, k, v: (form(q, k, v).astype(jnp.float32) * w).sum()
+
+    def apart(q, k, v):
+        return attend_behind(q, (k[:, :old], v[:, :old]), (k[:, old:], v[:, old:]), "cudnn")
+
+    def naive(q, k, v):
+        return attend(q, k, v, "naive")
+
+    narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    assert rel_l2(apart(*narrow).astype(jnp.float32), naive(q, k, v)) < 0.01
+    grads = jax.grad(loss(naive), (0, 1, 2))(q, k, v)
+    for a, b in zip(jax.grad(loss(apart), (0, 1, 2))(*narrow), grads, strict=True):
         assert rel_l2(a.astype(jnp.float32), b) < 0.02
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freqkv_jax.model import attention
-from freqkv_jax.model.attention import attend, attend_cache
+from freqkv_jax.model import attention, cudnn
+from freqkv_jax.model.attention import attend, attend_behind, attend_cache
 from tests.tolerances import BF16_PRIMITIVE_REL_L2, GRAD_REL_L2, PRIMITIVE, assert_close, rel_l2
 
 # (T, S): square, a chunk behind a prefix, one query; more than one block and more than one piece.
@@ -144,7 +144,7 @@ def test_the_platform_of_the_program_decides_not_that_of_this_process(dtype):
 
 
 def test_cuda_without_nvidia_in_this_process_falls_back(monkeypatch):
-    monkeypatch.setattr(attention, "_has_nvidia", lambda: False)
+    monkeypatch.setattr(cudnn, "present", lambda: False)
     assert "custom_call" not in lowered_for("cuda", "bfloat16")
 
 
@@ -152,12 +152,12 @@ def test_cuda_without_nvidia_in_this_process_falls_back(monkeypatch):
 def test_cuda_takes_cudnn_in_half_precision_only(monkeypatch, dtype, chosen):
     calls = []
 
-    def cudnn(q, k, v):
+    def causal(q, k, v):
         calls.append(q.dtype)
         return attention.blocked(q, k, v)
 
-    monkeypatch.setattr(attention, "_has_nvidia", lambda: True)
-    monkeypatch.setattr(attention, "cudnn", cudnn)
+    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(cudnn, "causal", causal)
     args = inputs(4, 8, (4, 2), 64, dtype)
     # A new function each time: a cached trace would not see the replacement.
     jax.jit(lambda *a: attend(*a)).trace(*args).lower(lowering_platforms=("cuda",))
@@ -175,8 +175,96 @@ def test_the_queries_of_cudnn_are_aligned_to_the_bottom_right(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     args = inputs(5, 12, dtype="bfloat16")
     with jax.numpy_dtype_promotion("standard"):
-        got = attention.cudnn(*args)
+        got = cudnn.causal(*args)
     assert rel_l2(got, reference(*args)) <= BF16_PRIMITIVE_REL_L2
+
+
+def scores_of(q, k, is_causal):
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    scores = jnp.einsum("bthd,bshd->bhts", *(x.astype(jnp.float32) for x in (q, k)))
+    scores = scores / q.shape[-1] ** 0.5
+    seen = jnp.tri(*scores.shape[2:], dtype=bool) if is_causal else True
+    return jnp.where(seen, scores, -jnp.inf)
+
+
+def part(q, k, v, is_causal):
+    """What cuDNN gives of a part: attention, and the log-sum of its scores."""
+    scores = scores_of(q, k, is_causal)
+    v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
+    out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
+    return out.astype(q.dtype), jax.nn.logsumexp(scores, axis=-1)
+
+
+def part_gradients(q, k, v, out, log_sum, grad, is_causal):
+    """The backward pass of flash attention: the softmax made again from the log-sum given."""
+    weights = jnp.exp(scores_of(q, k, is_causal) - log_sum[..., None])
+    groups = q.shape[2] // k.shape[2]
+    wide_k, wide_v = (jnp.repeat(x, groups, axis=2).astype(jnp.float32) for x in (k, v))
+    grad = grad.astype(jnp.float32)
+    inner = jnp.einsum("bthd,bshd->bhts", grad, wide_v)
+    inner -= jnp.einsum("bthd,bthd->bht", grad, out.astype(jnp.float32))[..., None]
+    inner = weights * inner / q.shape[-1] ** 0.5
+    dq = jnp.einsum("bhts,bshd->bthd", inner, wide_k)
+    dk = jnp.einsum("bhts,bthd->bshd", inner, q.astype(jnp.float32))
+    dv = jnp.einsum("bhts,bthd->bshd", weights, grad)
+    dk, dv = (x.reshape(*k.shape[:3], groups, -1).sum(3) for x in (dk, dv))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+@pytest.mark.parametrize("queries", [1, 7])
+def test_parts_weighed_by_their_log_sums_are_the_whole(queries, heads, monkeypatch):
+    """The recipe around cuDNN's kernels, forward and backward, with plain forms in their place."""
+    monkeypatch.setattr(cudnn, "_part", part)
+    monkeypatch.setattr(cudnn, "_part_gradients", part_gradients)
+    monkeypatch.setattr(cudnn, "check", lambda q: None)  # float32 shows what bfloat16 hides
+    q, k, v = inputs(queries, 9 + queries, heads)
+    w = inputs(queries, 1, heads, seed=3)[0]
+
+    def whole(q, k, v):
+        return (attend(q, k, v, "naive") * w).sum()
+
+    def apart(q, k, v):
+        return (cudnn.behind(q, k[:, :9], v[:, :9], k[:, 9:], v[:, 9:]) * w).sum()
+
+    got = cudnn.behind(q, k[:, :9], v[:, :9], k[:, 9:], v[:, 9:])
+    assert_close(got, reference(q, k, v), PRIMITIVE)
+    want = jax.grad(whole, (0, 1, 2))(q, k, v)
+    for ours, theirs in zip(jax.grad(apart, (0, 1, 2))(q, k, v), want, strict=True):
+        assert rel_l2(ours, theirs) <= GRAD_REL_L2
+
+
+@pytest.mark.parametrize("backend", ["auto", "naive", "blocked"])
+@pytest.mark.parametrize("old", [0, 9])
+def test_behind_old_entries_is_attention_on_all(old, backend):
+    q, k, v = inputs(5, old + 5)
+    got = attend_behind(q, (k[:, :old], v[:, :old]), (k[:, old:], v[:, old:]), backend)
+    assert_close(got, reference(q, k, v), PRIMITIVE)
+
+
+@pytest.mark.parametrize(("old", "internals", "apart"), [(9, True, 1), (0, True, 0), (9, False, 0)])
+def test_cuda_attends_the_parts_apart(monkeypatch, old, internals, apart):
+    """Where there are old entries, and JAX has what that needs."""
+    calls = []
+
+    def behind(q, *parts):
+        calls.append(q.dtype)
+        return q
+
+    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(cudnn, "has_parts", lambda: internals)
+    monkeypatch.setattr(cudnn, "behind", behind)
+    monkeypatch.setattr(cudnn, "causal", attention.blocked)
+    q, k, v = inputs(5, old + 5, dim=64, dtype="bfloat16")
+    parts = (k[:, :old], v[:, :old]), (k[:, old:], v[:, old:])
+    jax.jit(lambda q, *kv: attend_behind(q, *kv)).trace(q, *parts).lower(
+        lowering_platforms=("cuda",)
+    )
+    assert len(calls) == apart
+
+
+def test_this_jax_has_what_the_parts_need():
+    assert cudnn.has_parts()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import pytest
 
 import freqkv_jax as fk
 from freqkv_jax import reading
-from tests.tiny import random_params, tiny_config
-from tests.tolerances import PRIMITIVE
+from freqkv_jax.model.lora import init_lora
+from tests.tiny import random_params, random_tokens, tiny_config
+from tests.tolerances import GRAD_REL_L2, PRIMITIVE, rel_l2
 
 CONFIG = tiny_config(num_layers=3)
 POLICIES = {
@@ -46,3 +47,21 @@ def test_the_loop_is_one_program_for_all_layers():
         return len(scans[0].params["jaxpr"].eqns)
 
     assert equations(3) == equations(2) > 20
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradients_of_a_loop_are_those_of_the_layers(remat):
+    """With adapters, and a text of several compressions."""
+    params, ids = random_params(CONFIG), random_tokens(CONFIG, 2, 40)
+    adapters = init_lora(CONFIG, ("q", "down"), 2, seed=0)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    found = []
+    for scan_layers in (False, True):
+        model = fk.Llama(CONFIG, POLICIES["freqkv"], remat=remat, scan_layers=scan_layers)
+
+        def loss(params, adapters, model=model):
+            return (model.apply({"params": params, "lora": adapters}, ids) ** 2).mean()
+
+        found.append(jax.jit(jax.grad(loss, (0, 1)))(params, adapters))
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        assert rel_l2(other, one) <= GRAD_REL_L2

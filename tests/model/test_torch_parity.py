@@ -131,7 +131,9 @@ def test_attention(case):
     x, more = torch_inputs(theirs, hidden_states())
     want, _ = theirs.model.layers[1].self_attn(x, **more)
     layer = Attention(ours.config, ours.kv, "float32", "auto")
-    got = layer.apply({"params": params["layers_1"]["attention"]}, x.numpy(), ours.rope, {})
+    got = layer.apply(
+        {"params": params["layers_1"]["attention"]}, x.numpy(), ours.rope, {}, x.shape[1]
+    )
     assert_close(got, want.detach(), PRIMITIVE)
 
 
@@ -141,7 +143,7 @@ def test_block(case):
     x, more = torch_inputs(theirs, hidden_states())
     want = theirs.model.layers[1](x, **more)
     layer = Block(ours.config, ours.kv, "float32", "auto")
-    got = layer.apply({"params": params["layers_1"]}, x.numpy(), ours.rope, {})
+    got = layer.apply({"params": params["layers_1"]}, x.numpy(), ours.rope, {}, x.shape[1])
     assert_close(got, want.detach(), PRIMITIVE)
 
 
