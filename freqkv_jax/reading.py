@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from freqkv_jax import programs
+from freqkv_jax.compile_options import once_a_call
 from freqkv_jax.kv.policy import KVPolicy
 from freqkv_jax.kv.state import KVState, empty_state, grown
 from freqkv_jax.model.llama import Llama
@@ -212,6 +213,8 @@ def compiled(program: Callable[..., Any], mesh: Mesh | None, kv: KVPolicy) -> Ca
             programs.decode_steps: (whole, rows, state),
             programs.head: rows,
         }[program]
+    if program in READERS:
+        options["compiler_options"] = once_a_call(mesh)
     donated = ["state"] if "state" in names else []
     return jax.jit(program, static_argnames=static, donate_argnames=donated, **options)
 

@@ -1,6 +1,7 @@
 """What is measured: each case names its work, counts it, and builds its program when it is due."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,12 @@ from freqkv_jax import programs
 from freqkv_jax.bench import amounts
 from freqkv_jax.bench.amounts import Amount
 from freqkv_jax.bench.timing import Program
+from freqkv_jax.compile_options import once_a_call
 from freqkv_jax.decode import prefill as read_texts
 from freqkv_jax.kv import FreqKVConfig, FullConfig, KVState
 from freqkv_jax.kv.policy import KVPolicy
 from freqkv_jax.kv.state import empty_state
-from freqkv_jax.model.attention import attend
+from freqkv_jax.model.attention import attend, attend_behind
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.reading import placed_maps
 from freqkv_jax.sampling import Draw, Sampling
@@ -124,7 +126,7 @@ def _forward(model: Llama, batch: int, length: int) -> Case:
             return args[0], random_tokens(model, batch, length, index)
 
         first = (_variables(model, params), random_tokens(model, batch, length, 0))
-        return Program(forward, first, following)
+        return Program(forward, first, following, options=once_a_call())
 
     amount = amounts.forward(model.config, model.kv, model.dtype, batch, length)
     return Case("forward", model, batch, length, batch * length, 1, amount, build)
@@ -218,7 +220,7 @@ def _compress(model: Llama, batch: int, length: int) -> Case:
             maps, memory, k, v, seen = args
             return maps, memory, v, k, seen
 
-        return Program(compress, first, following)
+        return Program(compress, first, following, options=once_a_call())
 
     amount = amounts.compress(c, kv, dtype, batch, rounds)
     tokens = rounds * kv.chunk
@@ -232,27 +234,36 @@ def _attention(model: Llama, batch: int, length: int) -> Case:
     if kv.capacity is not None and rounds:
         length = kv.capacity + rounds * kv.chunk
     head = length if kv.capacity is None else min(length, kv.capacity)
-    sizes = [(batch, head, head)]
-    if rounds:
-        sizes.append((batch * rounds, kv.chunk, head))
 
-    def attention(parts: Any) -> list[Array]:
-        return [attend(q, k, v, model.attention) for q, k, v in parts]
+    def attention(first: Any, chunks: Any) -> list[Array]:
+        q, k, v = first
+        out = [attend(q, k, v, model.attention)]
+        if chunks is not None:
+            q, old, new = chunks
+            out.append(attend_behind(q, old, new, model.attention))
+        return out
 
-    def inputs(seed: int) -> list[tuple[Array, ...]]:
-        parts = []
-        for index, (rows, queries, keys) in enumerate(sizes):
-            q, k, v = (
-                _normal((rows, number, heads, c.head_dim), dtype, 10 * seed + 3 * index + place)
-                for place, (number, heads) in enumerate(
-                    ((queries, c.num_heads), (keys, c.num_kv_heads), (keys, c.num_kv_heads))
-                )
-            )
-            parts.append((q, k, v))
-        return parts
+    def inputs(seed: int) -> tuple[Any, Any]:
+        count = itertools.count(10 * seed)
+
+        def normal(rows: int, length: int, heads: int) -> Array:
+            return _normal((rows, length, heads, c.head_dim), dtype, next(count))
+
+        def entries(rows: int, length: int) -> tuple[Array, Array]:
+            return normal(rows, length, c.num_kv_heads), normal(rows, length, c.num_kv_heads)
+
+        first = (normal(batch, head, c.num_heads), *entries(batch, head))
+        if not rounds:
+            return first, None
+        rows = batch * rounds
+        queries = normal(rows, kv.chunk, c.num_heads)
+        return first, (queries, entries(rows, kv.prefix), entries(rows, kv.chunk))
 
     def build(_: Any) -> Program:
-        return Program(attention, (inputs(0),), lambda index, *_: (inputs(index),))
+        def following(index: int, *_: Any) -> Any:
+            return inputs(index)
+
+        return Program(attention, inputs(0), following, options=once_a_call())
 
     amount = amounts.attention(c, kv, dtype, batch, length)
     return Case("attention", model, batch, length, batch * length, 1, amount, build)

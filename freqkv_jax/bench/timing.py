@@ -27,6 +27,7 @@ class Program:
       following: (repeat, arguments, result) to the next call's arguments; it runs outside the
         timed part.
       lower: of the first arguments, the program lowered, its donations included.
+      options: of the compiler (freqkv_jax.compile_options).
     """
 
     function: Callable[..., Any] | None
@@ -34,6 +35,7 @@ class Program:
     following: Callable[[int, tuple[Any, ...], Any], tuple[Any, ...]]
     donate: tuple[int, ...] = ()
     lower: Callable[..., Any] | None = None
+    options: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ def _lower(program: Program) -> Any:
     if program.lower is not None:
         return program.lower(*program.first)
     assert program.function is not None
-    return jax.jit(program.function, donate_argnums=program.donate).lower(*program.first)
+    jitted = jax.jit(
+        program.function, donate_argnums=program.donate, compiler_options=program.options
+    )
+    return jitted.lower(*program.first)
 
 
 def measure_host(

@@ -144,6 +144,7 @@ def _passing(
     head_gradient = 4 * e * vocab if _trains_head(cfg, config) else 0
     # Under fsdp a layer's weights are gathered, the next one's while it runs; the head once.
     gathered = width * (2 * kernels + e * vocab) if fsdp > 1 else 0
+    looped = config.num_layers * kernels // fsdp * width if cfg.train.scan_layers else 0
     return {
         f"activations kept (remat {cfg.train.remat})": config.num_layers * kept_of_a_layer * width,
         # The layer that is run backward: its values and their gradients.
@@ -152,6 +153,7 @@ def _passing(
         "caches of the recurrence": 2 * 3 * caches * width,
         "logits block": block + head_gradient + 2 * tokens * e * width,
         "weights gathered": gathered,
+        "layers' weights side by side": looped,
     }
 
 

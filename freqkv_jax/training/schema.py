@@ -128,6 +128,8 @@ class TrainSection(Section):
       steps: optimizer steps. batch_size: rows of the global batch. seq_len: tokens of a row.
       micro_batch: rows that one data or fsdp position takes in one forward and backward pass;
         gradients are accumulated over the rest. None: all at once.
+      scan_layers: the layers are a loop in the program: it compiles as fast as one layer, and
+        holds a second copy of their weights.
       on_bad_loss: what to do when the loss is not finite, or is `spike_ratio` times its recent
         mean (None: spikes are let be).
     """
@@ -143,6 +145,7 @@ class TrainSection(Section):
     train_norms: bool = True
     micro_batch: int | None = allowed(None, low=1)
     remat: str = allowed("full", choices=("none", "attention", "dots", "full"))
+    scan_layers: bool = False
     on_bad_loss: str = allowed("stop", choices=("stop", "skip"))
     spike_ratio: float | None = allowed(None, above=1)
 

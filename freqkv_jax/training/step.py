@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from freqkv_jax.compile_options import once_a_call
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.sharding import (
     BATCH_AXES,
@@ -148,7 +149,7 @@ def make_train_step(cfg: "RunConfig", model: Llama, mesh: Mesh | None = None) ->
     Raises:
       ValueError: the mesh does not divide the model, or the batch not the mesh.
     """
-    model = model.clone(remat=cfg.train.remat)
+    model = model.clone(remat=cfg.train.remat, scan_layers=cfg.train.scan_layers)
     optimizer, schedule = make_optimizer(cfg.optimizer, cfg.train.steps)
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     num_micro = cfg.train.accumulation(shards)
@@ -184,7 +185,8 @@ def make_train_step(cfg: "RunConfig", model: Llama, mesh: Mesh | None = None) ->
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     if mesh is None:
-        return TrainStep(jax.jit(step, donate_argnums=0), None)
+        options = once_a_call()
+        return TrainStep(jax.jit(step, donate_argnums=0, compiler_options=options), None)
     check_mesh(model.config, mesh, cfg.train.batch_size)
     shapes, frozen = abstract_train_state(cfg, model)
     where, here = state_shardings(shapes, mesh), NamedSharding(mesh, P())
@@ -194,6 +196,7 @@ def make_train_step(cfg: "RunConfig", model: Llama, mesh: Mesh | None = None) ->
         in_shardings=(where, param_shardings(frozen, mesh), here, rows, rows, here),
         out_shardings=(where, here),
         donate_argnums=0,
+        compiler_options=once_a_call(mesh),
     )
     return TrainStep(jitted, mesh)
 

@@ -67,6 +67,7 @@ def test_less_of_everything():
     for change in ("train.micro_batch=1", "train.seq_len=4096", "train.mode=lora"):
         assert planned("smollm2_8k", 1, "train.remat=full", change).total < base, change
     assert planned("smollm2_8k", 1, "train.remat=dots").total > base
+    assert planned("smollm2_8k", 1, "train.remat=full", "train.scan_layers=true").total > base
     more = planned("smollm2_8k", 1, "train.remat=none").total
     assert more > planned("smollm2_8k", 1, "train.remat=dots").total
     full = planned("smollm2_8k", 1, "kv.policy=full").parts

@@ -99,9 +99,11 @@ def test_micro_batches_change_nothing():
     )
 
 
-def test_mesh_changes_nothing():
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_mesh_changes_nothing(scan_layers):
     mesh = make_mesh(2, 2, 2)
-    cfg = run_config(mesh={"data": 2, "fsdp": 2, "tensor": 2}, micro_batch=1)
+    split = {"data": 2, "fsdp": 2, "tensor": 2}
+    cfg = run_config(mesh=split, micro_batch=1, scan_layers=scan_layers)
     losses, state, frozen, _ = run(cfg, mesh)
     np.testing.assert_allclose(losses, reference()[0], atol=SHARDED_LOSS)
     o = state.trainable["lora"]["layers_0"]["attention"]["o"]["a"]
