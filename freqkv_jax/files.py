@@ -32,6 +32,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8", newline=""))
 
 
+def stamp(path: Any) -> tuple[int, int]:
+    """Bytes of a file, and when it was changed last (nanoseconds); of epath's files too."""
+    stat = path.stat()
+    if hasattr(stat, "st_size"):
+        return stat.st_size, stat.st_mtime_ns
+    return stat.length, int(stat.mtime * 1e9)
+
+
 def edges(path: Any) -> bytes:
     """The first and the last MiB of a file (they overlap in a small one): quick however large."""
     with path.open("rb") as file:

@@ -1,5 +1,7 @@
 """What a path to a model may mean, and what is said when it means nothing."""
 
+import sys
+
 import gguf
 import huggingface_hub
 import numpy as np
@@ -138,3 +140,38 @@ def test_not_gguf_at_all(tmp_path):
             sources.open_gguf(path)
     with pytest.raises(FileNotFoundError):
         sources.open_gguf(tmp_path / "none.gguf")
+
+
+def test_a_model_in_an_object_store_is_copied_here(tmp_path, monkeypatch):
+    """With a folder in the store's place; epath reads gs:// and local paths alike."""
+    epath = pytest.importorskip("etils.epath")
+    bucket = tmp_path / "bucket"
+    monkeypatch.setattr(epath, "Path", lambda url: bucket / url.removeprefix("gs://bucket/"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (bucket / "m").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "notes.txt"):
+        (bucket / "m" / name).write_text(name)
+    light = sources.resolve("gs://bucket/m", weights=False)
+    assert sorted(f.name for f in light.iterdir()) == ["config.json", "tokenizer.json"]
+    whole = sources.resolve("gs://bucket/m")
+    assert whole == light and (whole / "model.safetensors").read_text() == "model.safetensors"
+    assert not (whole / "notes.txt").exists()
+    # What is as it was is not copied again; what has changed is, and what is gone goes.
+    (whole / "config.json").chmod(0o600)
+    (bucket / "m" / "model.safetensors").rename(bucket / "m" / "model-1.safetensors")
+    (bucket / "m" / "tokenizer.json").write_text("another")
+    sources.resolve("gs://bucket/m")
+    assert (whole / "config.json").stat().st_mode & 0o777 == 0o600
+    assert (whole / "tokenizer.json").read_text() == "another"
+    assert [f.name for f in whole.glob("*.safetensors")] == ["model-1.safetensors"]
+    file = write_gguf(bucket / "m.gguf")
+    copy = sources.resolve("gs://bucket/m.gguf")
+    assert copy.name == "m.gguf" and copy.read_bytes() == file.read_bytes()
+    with pytest.raises(FileNotFoundError, match="gs://bucket/none does not exist; give a Hugging"):
+        sources.resolve("gs://bucket/none")
+
+
+def test_an_object_store_needs_etils(monkeypatch):
+    monkeypatch.setitem(sys.modules, "etils", None)
+    with pytest.raises(ImportError, match=r"gs://b/m is not a local path.*freqkv-jax\[train\]"):
+        sources.resolve("gs://b/m")

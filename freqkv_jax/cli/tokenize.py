@@ -3,7 +3,6 @@
 import argparse
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from freqkv_jax.cli.common import MODEL_HELP, note
@@ -33,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="text file, folder, .jsonl, .json, .parquet, hub id (streamed), or tfds name",
     )
-    parser.add_argument("dst", metavar="DST", help="folder to write or to go on with")
+    parser.add_argument("dst", metavar="DST", help="folder to write or to go on with; may be gs://")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help=MODEL_HELP)
     kinds = [kind for kind in KINDS if kind not in ("tokens", "generated")]
     parser.add_argument("--kind", choices=kinds, default="auto", help="default: found by looking")
@@ -60,13 +59,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tokenises, and says what was written."""
     from freqkv_jax.tokenizer import load_tokenizer
+    from freqkv_jax.training.paths import path_of
     from freqkv_jax.training.records import find_kind
     from freqkv_jax.training.tokenize import Job, write_folder
 
     workers = min(os.cpu_count() or 1, 32) if args.workers is None else args.workers
     if workers < 1 or args.shard_chars < 1:
         raise ValueError("--workers and --shard-chars must be at least 1")
-    target = Path(args.dst).expanduser()
+    target = path_of(args.dst)
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"DST {target} is a file; name a folder")
     sources = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from freqkv_jax.files import edges
+from freqkv_jax.files import edges, stamp, write_whole
 
 BLOCK_BYTES = 1 << 24
 CHECKED_AT_ONCE = 64  # files that one check looks at, so that a batch never waits for thousands
@@ -30,6 +30,14 @@ def path_of(text: Any) -> Any:
             f"{text} is not a local path; reading it needs pip install 'freqkv-jax[train]'"
         ) from None
     return epath.Path(str(text))
+
+
+def put_bytes(path: Any, raw: bytes) -> None:
+    """Writes a file that appears whole or not at all. Raises OSError."""
+    if isinstance(path, Path):
+        write_whole(path, lambda name: Path(name).write_bytes(raw))
+    else:  # an object store knows no half-written object
+        path.write_bytes(raw)
 
 
 @contextlib.contextmanager
@@ -98,13 +106,6 @@ def edges_sha256(path: Any) -> str:
     return hashlib.sha256(edges(path)).hexdigest()
 
 
-def _stamp(path: Any) -> tuple[int, int]:
-    stat = path.stat()
-    if hasattr(stat, "st_size"):
-        return stat.st_size, stat.st_mtime_ns
-    return stat.length, int(stat.mtime * 1e9)  # epath's own
-
-
 @dataclass
 class _Watched:
     path: Any
@@ -120,7 +121,7 @@ class Watch:
 
     def __init__(self, files: Iterable[tuple[Any, str | None]] = ()) -> None:
         """`files` are paths and their SHA-256, None where a new time stamp is never forgiven."""
-        self._files = [_Watched(path, sha256, _stamp(path)) for path, sha256 in files]
+        self._files = [_Watched(path, sha256, stamp(path)) for path, sha256 in files]
         self._next = 0
 
     def check(self) -> None:
@@ -131,19 +132,19 @@ class Watch:
 
     def _check(self, file: _Watched) -> None:
         try:
-            stamp = _stamp(file.path)
+            now = stamp(file.path)
         except OSError as error:
             raise ValueError(
                 f"{file.path} was there when this run began and cannot be found now ({error});"
                 " put it back as it was and start the run again: it resumes where it was saved"
             ) from None
-        if stamp == file.stamp:
+        if now == file.stamp:
             return
-        if stamp[0] == file.stamp[0] and file.sha256 and file_sha256(file.path) == file.sha256:
-            file.stamp = stamp
+        if now[0] == file.stamp[0] and file.sha256 and file_sha256(file.path) == file.sha256:
+            file.stamp = now
             return
         raise ValueError(
             f"{file.path} has changed since this run began ({file.stamp[0]:,} bytes then,"
-            f" {stamp[0]:,} now, or other content); put it back as it was and start the run again,"
+            f" {now[0]:,} now, or other content); put it back as it was and start the run again,"
             " or begin a new run.dir with the new data"
         )

@@ -10,15 +10,14 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from freqkv_jax.files import write_text, write_whole
+from freqkv_jax.files import stamp
 from freqkv_jax.token_ids import TOKEN_DTYPES, dtype_for
 from freqkv_jax.training.documents import encode_records, tokenizer_sha256, vocabulary_sha256
-from freqkv_jax.training.paths import edges_sha256
+from freqkv_jax.training.paths import edges_sha256, put_bytes
 from freqkv_jax.training.records import Record, read_records
 from freqkv_jax.training.store import FORMAT, INDEX, read_json
 
@@ -68,7 +67,7 @@ def batches(job: Job) -> Iterator[_Batch]:
 
 def write_folder(
     job: Job,
-    folder: Path,
+    folder: Any,
     tokenizer: Any,
     tokenizer_path: str,
     workers: int = 1,
@@ -78,6 +77,7 @@ def write_folder(
     """Writes the token folder, or what is missing of it; returns its index.
 
     Args:
+      folder: as of `paths.path_of`.
       tokenizer: a freqkv_jax.tokenizer.Tokenizer.
       tokenizer_path: where other processes load it from; written down in any case.
       workers: processes; 1 encodes in this one.
@@ -117,13 +117,13 @@ def write_folder(
         "num_documents": sum(shard["num_documents"] for shard in shards.values()),
         "shards": sorted(shards),
     }
-    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    put_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     return index
 
 
 def _missing(
     job: Job,
-    folder: Path,
+    folder: Any,
     made_by: str,
     force: bool,
     done: Callable[[dict[str, Any], bool], Any],
@@ -147,16 +147,16 @@ def _missing(
         yield batch
 
 
-def _is_whole(folder: Path, about: dict[str, Any]) -> bool:
+def _is_whole(folder: Any, about: dict[str, Any]) -> bool:
     sizes = {"bin": about["num_tokens"] * TOKEN_DTYPES[about["dtype"]].itemsize}
     if about["answers_sha256"]:
         sizes["answers"] = about["num_tokens"]
     files = {folder / f"{about['name']}.{end}": size for end, size in sizes.items()}
-    return all(file.is_file() and file.stat().st_size == n for file, n in files.items())
+    return all(file.is_file() and stamp(file)[0] == n for file, n in files.items())
 
 
 def _make_shard(
-    batch: _Batch, job: Job, folder: Path, made_by: str, tokenizer: Any
+    batch: _Batch, job: Job, folder: Any, made_by: str, tokenizer: Any
 ) -> dict[str, Any]:
     documents = list(encode_records(batch.records, batch.kind, job.field, tokenizer, job.answers))
     dtype = dtype_for(tokenizer.vocab_size)
@@ -166,8 +166,8 @@ def _make_shard(
     if job.answers:
         known = [d[1] for d in documents if d[1] is not None]
         flags = np.concatenate([np.zeros(0, bool), *known]).astype(np.uint8).tobytes()
-        write_whole(folder / f"{batch.name}.answers", lambda name: Path(name).write_bytes(flags))
-    write_whole(folder / f"{batch.name}.bin", lambda name: Path(name).write_bytes(raw))
+        put_bytes(folder / f"{batch.name}.answers", flags)
+    put_bytes(folder / f"{batch.name}.bin", raw)
     about = {
         "name": batch.name,
         "tokenizer": tokenizer_sha256(tokenizer),
@@ -183,7 +183,7 @@ def _make_shard(
         "offsets": np.cumsum([0, *(len(d[0]) for d in documents)]).tolist(),
     }
     # Last: a shard without its description does not exist.
-    write_text(folder / f"{batch.name}.json", json.dumps(about) + "\n")
+    put_bytes(folder / f"{batch.name}.json", (json.dumps(about) + "\n").encode())
     return about
 
 
@@ -197,14 +197,14 @@ def _start_worker(tokenizer_path: str) -> None:
     _worker_tokenizer = load_tokenizer(tokenizer_path)
 
 
-def _work(batch: _Batch, job: Job, folder: Path, made_by: str) -> dict[str, Any]:
+def _work(batch: _Batch, job: Job, folder: Any, made_by: str) -> dict[str, Any]:
     return _make_shard(batch, job, folder, made_by, _worker_tokenizer)
 
 
 def _in_processes(
     todo: Iterator[_Batch],
     job: Job,
-    folder: Path,
+    folder: Any,
     made_by: str,
     tokenizer_path: str,
     workers: int,

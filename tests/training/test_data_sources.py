@@ -232,6 +232,21 @@ def test_text_is_tokenised_once(tmp_path, tokenizer, monkeypatch):
         again.rows(np.arange(1))
 
 
+def test_a_token_folder_where_paths_are_of_etils(tmp_path, tokenizer):
+    """As on gs://: they are no pathlib ones, and tell sizes in their own way."""
+    epath = pytest.importorskip("etils.epath")
+    file = write_lines(tmp_path / "a.jsonl", [{"text": f"text number {i}"} for i in range(4)])
+    job = Job(((str(file), "jsonl"),), shard_chars=40)
+    here, there = tmp_path / "here", epath.Path(tmp_path / "there")
+    found = []
+    index = write_folder(job, here, tokenizer, "tok")
+    assert write_folder(job, there, tokenizer, "tok") == index
+    assert write_folder(job, there, tokenizer, "tok", on_shard=lambda *x: found.append(x)) == index
+    assert len(found) > 1 and all(was_there for _, was_there in found)
+    for shard in here.iterdir():
+        assert (there / shard.name).read_bytes() == shard.read_bytes()
+
+
 def test_token_folder(tmp_path, tokenizer, monkeypatch):
     records = [{"text": f"text number {i} " * (i + 1)} for i in range(12)]
     file = write_lines(tmp_path / "a.jsonl", records)
