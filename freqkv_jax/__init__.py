@@ -10,6 +10,7 @@ from freqkv_jax.kv import (
     SinkWindowConfig,
     SpectralNoveltyConfig,
 )
+from freqkv_jax.model.fused import fuse
 from freqkv_jax.model.llama import Llama, maps
 from freqkv_jax.model.params import init_params
 from freqkv_jax.score import score
@@ -30,6 +31,7 @@ __all__ = [
     "compress",
     "decode",
     "decode_scan",
+    "fuse",
     "generate",
     "init_params",
     "load_pretrained",

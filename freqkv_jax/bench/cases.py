@@ -21,6 +21,7 @@ from freqkv_jax.kv import FreqKVConfig, FullConfig, KVState
 from freqkv_jax.kv.policy import KVPolicy
 from freqkv_jax.kv.state import empty_state
 from freqkv_jax.model.attention import attend, attend_behind
+from freqkv_jax.model.fused import fuse, pays
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.reading import placed_maps
 from freqkv_jax.sampling import Draw, Sampling
@@ -168,6 +169,8 @@ def _decode(model: Llama, batch: int, length: int) -> Case:
         shape = (batch, model.config.vocab_size)
         logits = jax.random.normal(jax.random.key(1), shape)
         state = _with_fill(random_state(model, batch, length), start)
+        # As fk.decode has them (a small model's) or `freqkv generate`; both copies are held.
+        params = fuse(params) if pays(params, batch) else params
         return Program(decode, (_variables(model, params), state, logits), following, (1, 2))
 
     amount = amounts.decode(model.config, kv, model.dtype, batch, steps, length)

@@ -62,12 +62,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Loads the model and continues the prompt, or starts the conversation."""
     import freqkv_jax as fk
+    from freqkv_jax.model import fused
 
     if args.system is not None and not args.chat:
         raise ValueError("--system is for --chat; put the text into the prompt instead")
     prompt = None if args.chat else _prompt_text(args)
     tokenizer = fk.load_tokenizer(args.model)
     model, params = load_model(args)
+    if fused.pays(params, 1):
+        params = fk.fuse(params, donate=True)
     voice = Voice(model, params, tokenizer, sampling_from_flags(args, model, tokenizer))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter

@@ -18,6 +18,7 @@ class Linear(nn.Module):
     """x @ kernel in the compute dtype, float32 kept exact on every platform.
 
     Where the collection "lora" has a and b for it, (x @ a) @ b is added (freqkv_jax.model.lora).
+    In a fused tree (freqkv_jax.model.fused) the kernel is `rows` [out, in].
     `spec`: how the kernel lies on a mesh, as sharding.RULES have it.
     """
 
@@ -27,6 +28,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, out_dtype: Any = None) -> Array:
+        if self.has_variable("params", "rows"):
+            return matmul(x, self.get_variable("params", "rows").astype(x.dtype).T, out_dtype)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.dtype(self.dtype))
         # For few tokens (decoding) the compiler may rather move them than the weights.
@@ -80,10 +83,15 @@ class MLP(nn.Module):
     def setup(self) -> None:
         self.gate = Linear(self.config.intermediate_size, self.dtype)
         self.up = Linear(self.config.intermediate_size, self.dtype)
+        self.gate_up = Linear(2 * self.config.intermediate_size, self.dtype)  # of a fused tree
         self.down = Linear(self.config.hidden_size, self.dtype, ROWS)
 
     def __call__(self, x: Array) -> Array:
-        return self.down(nn.silu(self.gate(x)) * self.up(x))
+        if self.has_variable("params", "gate_up"):
+            gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        else:
+            gate, up = self.gate(x), self.up(x)
+        return self.down(nn.silu(gate) * up)
 
 
 class Embed(nn.Module):

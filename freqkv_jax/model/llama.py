@@ -12,7 +12,7 @@ from freqkv_jax.config import LlamaConfig
 from freqkv_jax.folding import MAPPED
 from freqkv_jax.kv import KVPolicy, KVState
 from freqkv_jax.kv.policy import Maps, Memory
-from freqkv_jax.model import cudnn
+from freqkv_jax.model import cudnn, fused
 from freqkv_jax.model.attention import attend, attend_behind, attend_cache, check_backend
 from freqkv_jax.model.layers import MLP, ROWS, Embed, Linear, RMSNorm
 from freqkv_jax.model.scan import scan_layers, scan_whole
@@ -52,6 +52,7 @@ class Attention(nn.Module):
         self.q = Linear(c.num_heads * c.head_dim, self.dtype)
         self.k = Linear(c.num_kv_heads * c.head_dim, self.dtype)
         self.v = Linear(c.num_kv_heads * c.head_dim, self.dtype)
+        self.qkv = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, self.dtype)  # fused
         self.o = Linear(c.hidden_size, self.dtype, ROWS)
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
@@ -59,6 +60,10 @@ class Attention(nn.Module):
             heads = y.reshape(*y.shape[:-1], -1, self.config.head_dim)
             return constrain(heads, HEADS_SPEC)
 
+        if self.has_variable("params", "qkv"):
+            heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+            q, k, v = jnp.split(split(self.qkv(x)), [heads, heads + kv_heads], axis=-2)
+            return q, k, v
         return split(self.q(x)), split(self.k(x)), split(self.v(x))
 
     def _merge(self, x: Array, rows: int | None = None) -> Array:
@@ -328,6 +333,22 @@ class Llama(nn.Module):
             memories.append(memory)
         return x, memories
 
+    def _fused(self) -> bool:
+        return self.layers[0].attention.has_variable("params", "qkv")
+
+    def _read_token(
+        self, x: Array, state: KVState, fill: Array, counts: Array | None
+    ) -> tuple[Array, list[Memory]]:
+        """`_through("extend")` for one token of one text, with the weights of a fused tree."""
+        seen, fill = state.seen[0], fill.reshape(())
+        token = fused.token_at(self.config, self.kv, self.rope, seen, fill, counts)
+        row, memories = x[0, 0], []
+        for layer, memory in zip(self.layers, state.layers, strict=True):
+            weights = layer.variables["params"]
+            row, memory = fused.read_token(weights, self.config, self.kv, row, memory, token)
+            memories.append(memory)
+        return row[None, None], memories
+
     def logits(self, hidden: Float[Array, "*n E"]) -> Float[Array, "*n V"]:
         """The head, in float32."""
         if self.config.tie_word_embeddings:
@@ -366,7 +387,10 @@ class Llama(nn.Module):
         """
         rope, x = self.rope, self._embed(tokens)
         at = state.fill if fill is None else fill
-        x, memories = self._through("extend", x, state, state.seen, at, counts, rope)
+        if tokens.shape == (1, 1) and not isinstance(at, int) and self._fused():
+            x, memories = self._read_token(x, state, at, counts)
+        else:
+            x, memories = self._through("extend", x, state, state.seen, at, counts, rope)
         read = jnp.full_like(state.fill, tokens.shape[1]) if counts is None else counts
         return self.norm(x), _advance(state, memories, state.fill + read, read)
 

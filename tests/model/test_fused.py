@@ -1,0 +1,116 @@
+"""A fused tree decodes and reads as the plain one does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import freqkv_jax as fk
+from freqkv_jax.kv.policy import policy_from_args
+from freqkv_jax.model import fused
+from tests.tiny import random_params, random_tokens, tiny_config
+from tests.tolerances import BF16_REL_L2, LOGITS, assert_close, rel_l2
+
+
+def both(heads=(6, 2), kv=None, dtype="float32", **changes):
+    """A model with a plain and with a fused tree."""
+    config = tiny_config(*heads, **changes)
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_params(config))
+    return fk.Llama(config, kv or fk.FreqKVConfig(16, 4), dtype), params, fk.fuse(params)
+
+
+POLICIES = [
+    policy_from_args("freqkv", cache_size=16),
+    policy_from_args("full"),
+    policy_from_args("snapkv", cache_size=16, chunk=4, window=2),  # wants the queries
+    pytest.param(policy_from_args("h2o", cache_size=16, chunk=4), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kv", POLICIES, ids=str)
+def test_decode_is_that_of_the_plain_tree(kv):
+    model, plain, tree = both(kv=kv)
+    tokens = random_tokens(model.config, 1, 13)
+    logits, state = fk.prefill(model, plain, tokens)
+    want, want_logits, _ = fk.decode(model, plain, state, logits, 20)
+    logits, state = fk.prefill(model, tree, tokens)
+    got, got_logits, _ = fk.decode(model, tree, state, logits, 20)
+    assert got.tolist() == want.tolist()
+    assert_close(got_logits, want_logits, LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tied"),
+    [((4, 4), True), pytest.param((8, 2), False, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_heads_end_tokens_and_batches(heads, tied):
+    model, plain, tree = both(heads, fk.FullConfig(), tie_word_embeddings=tied)
+    prompts = [row.tolist() for row in random_tokens(model.config, 2, 19)]
+    free = fk.generate(model, plain, prompts, 24)
+    for texts in (prompts[:1], prompts):
+        assert fk.generate(model, tree, texts, 24) == free[: len(texts)]
+    stop = free[0][11]
+    want = fk.generate(model, plain, prompts[:1], 24, eos_id=stop, return_state=True)
+    got = fk.generate(model, tree, prompts[:1], 24, eos_id=stop, return_state=True)
+    assert got[0] == want[0] and got[1].fill.tolist() == want[1].fill.tolist()
+    for layer in range(model.config.num_layers):
+        for a, b in zip(got[1].kv(layer), want[1].kv(layer), strict=True):
+            assert_close(a, b, LOGITS)
+
+
+def test_score_and_decode_scan():
+    model, plain, tree = both(kv=fk.FullConfig())
+    tokens = random_tokens(model.config, 2, 40)
+    assert_close(fk.score(model, tree, tokens), fk.score(model, plain, tokens), LOGITS)
+    logits, state = fk.prefill(model, plain, tokens[:1])
+    want, _, _ = fk.decode(model, plain, state, logits, 9)
+    logits, state = fk.prefill(model, plain, tokens[:1])
+    assert fk.decode_scan(model, tree, state, logits, 9)[0].tolist() == want.tolist()
+
+
+def test_bfloat16():
+    model, plain, tree = both(dtype="bfloat16")
+    logits, state = fk.prefill(model, plain, random_tokens(model.config, 1, 30))
+    for _ in range(3):  # the tokens may part later
+        _, want, _ = fk.decode(model, plain, jax.tree.map(jnp.copy, state), logits, 1)
+        _, logits, state = fk.decode(model, tree, state, logits, 1)
+        assert rel_l2(logits, want) < BF16_REL_L2
+
+
+def test_small_models_are_fused_by_decode(monkeypatch):
+    model, plain, _ = both(kv=fk.FullConfig())
+    tokens = random_tokens(model.config, 1, 13)
+    logits, state = fk.prefill(model, plain, tokens)
+    want, want_logits, _ = fk.decode(model, plain, state, logits, 9)
+    monkeypatch.setattr(fused, "pays", lambda params, batch: True)
+    calls = []
+    read_token = fused.read_token
+    monkeypatch.setattr(fused, "read_token", lambda *a: calls.append(1) or read_token(*a))
+    logits, state = fk.prefill(model, plain, tokens)
+    assert not calls
+    got, got_logits, _ = fk.decode(model, plain, state, logits, 9)
+    assert len(calls) == model.config.num_layers  # traced once, for the call of 8 steps
+    assert got.tolist() == want.tolist()
+    assert_close(got_logits, want_logits, LOGITS)
+
+
+def test_what_fuse_gives_and_takes():
+    _, plain, tree = both()
+    assert fk.fuse(tree) is tree and fused.is_fused(tree) and not fused.is_fused(plain)
+    assert tree["embed"] is plain["embed"] and tree["lm_head"] is plain["lm_head"]
+    assert sum(map(np.size, jax.tree.leaves(tree))) == sum(map(np.size, jax.tree.leaves(plain)))
+    assert not fused.pays(plain, 1)  # on a CPU
+    kernel = plain["layers_1"]["mlp"]["up"]["kernel"]
+    again = fk.fuse(plain, donate=True)
+    assert kernel.is_deleted() and not plain["norm"]["scale"].is_deleted()
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_parameters_on_a_mesh_stay_as_they_are():
+    config = tiny_config()
+    model = fk.Llama(config, fk.FullConfig())
+    params = fk.init_params(model, mesh=fk.make_mesh(fsdp=2))
+    assert not fused.pays(params, 1)
+    with pytest.raises(ValueError, match="on a mesh cannot be fused"):
+        fk.fuse(params)
