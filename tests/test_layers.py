@@ -33,6 +33,7 @@ LAYERS = {
         "model.attention",
         "model.layers",
         "model.scan",
+        "model.flash_decode",
         "model.fused",
         "model.llama",
         "model.*",

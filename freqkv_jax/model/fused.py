@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import KVPolicy
 from freqkv_jax.kv.policy import Memory
-from freqkv_jax.model.attention import attend_cache
+from freqkv_jax.model.flash_decode import attend_one
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import mesh_of
 
@@ -124,7 +124,8 @@ def read_token(
     q, k, v = jnp.split(turned, [heads, heads + kv_heads], axis=2)
     queries = q if "queries" in kv.needs else None
     memory = kv.append(memory, k, v, token.fill, token.counts, queries)
-    out = attend_cache(q, *kv.view(memory), token.fill).reshape(-1)
+    keys, values = kv.view(memory)
+    out = attend_one(q[0, 0], keys[0], values[0], token.fill).reshape(-1)
     x = _plus_product(x, layer["attention"]["o"], out)
     gate_up = layer["mlp"]["gate_up"]["rows"].reshape(2, -1, x.size)
     gate, up = _normed_products(x, layer["post_norm"], config, gate_up[0], gate_up[1])
@@ -155,10 +156,14 @@ def _add_all(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _plus_product(x: Array, linear: Any, y: Array) -> Array:
-    """x + y @ kernel, in x's dtype."""
+    """x + y @ kernel, in x's dtype.
+
+    x enters as the first term of each sum: added behind them it would be a kernel of its own.
+    """
     rows = linear["rows"].astype(jnp.float32)
-    product = jnp.sum(rows * _along(y.astype(jnp.float32), rows), axis=-1)
-    return (x.astype(jnp.float32) + product).astype(x.dtype)
+    first = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) == 0
+    start = jnp.where(first, x.astype(jnp.float32)[:, None], jnp.float32(0))
+    return jnp.sum(rows * _along(y.astype(jnp.float32), rows) + start, axis=-1).astype(x.dtype)
 
 
 def _along(x: Array, like: Array) -> Array:

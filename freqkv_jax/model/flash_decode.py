@@ -1,0 +1,143 @@
+"""Attention of one query to the live slots of a cache as one Triton kernel (Pallas), and a merge.
+
+XLA writes scores and weights out and reads all slots, and the values column by column: of an H200's
+bandwidth it reached a quarter with 32 heads of 128. This reads the live slots once. JAX deprecates
+Pallas' Triton backend; where it is gone, or a shape does not suit, XLA's form takes over.
+"""
+
+import contextlib
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from freqkv_jax.model import cudnn
+from freqkv_jax.model.attention import attend_cache
+
+triton: Any = None  # where JAX has no such backend any more
+with contextlib.suppress(ImportError):
+    from jax.experimental.pallas import triton
+
+BLOCK = 64  # slots that a program holds at a time
+PROGRAMS = 512  # about so many share the slots: a few for each of the GPU's processors
+TILE = 16  # rows that a tensor core takes at least: a kv head's queries and zeros
+
+
+def attend_one(
+    q: Float[Array, "H D"], k: Float[Array, "K N D"], v: Float[Array, "K N D"], fill: Int[Array, ""]
+) -> Float[Array, "H D"]:
+    """`attend_cache` for one query at slot `fill`; the platform decides when it is lowered."""
+
+    def plain(q: Array, k: Array, v: Array, fill: Array) -> Array:
+        return attend_cache(q[None, None], k[None], v[None], fill)[0, 0]
+
+    special = {"cuda": flash} if suits(q, k) and triton and cudnn.present() else {}
+    return jax.lax.platform_dependent(q, k, v, fill, default=plain, **special)
+
+
+def suits(q: Array, k: Array) -> bool:
+    """Whether the kernel takes these: half precision (float32 would be rounded), even blocks."""
+    heads, slots, dim = k.shape
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and dim in (64, 128, 256) and slots % BLOCK == 0 and q.shape[0] <= TILE * heads
+
+
+def flash(q: Array, k: Array, v: Array, fill: Array, interpret: bool = False) -> Array:
+    """Partial averages of each kv head and run of slots, and a second kernel that merges them."""
+    heads, slots, dim = k.shape
+    groups, blocks = q.shape[0] // heads, slots // BLOCK
+    runs = 1
+    while blocks % (2 * runs) == 0 and heads * runs < PROGRAMS:
+        runs *= 2
+    q = q.reshape(heads, groups, dim)
+    q = jnp.pad(q, ((0, 0), (0, TILE - groups), (0, 0)))
+    call = functools.partial(pl.pallas_call, interpret=interpret)
+    if triton and not interpret:
+        params = triton.CompilerParams(num_warps=4, num_stages=3)
+        call = functools.partial(call, compiler_params=params)
+    a_run = pl.BlockSpec((None, slots // runs, dim), lambda head, run: (head, run, 0))
+    a_sum = pl.BlockSpec((None, None, groups), lambda head, run: (head, run, 0))
+    sums = jax.ShapeDtypeStruct((heads, runs, groups), jnp.float32)
+    average, top, total = call(
+        functools.partial(_average, groups=groups, scale=1 / math.sqrt(dim)),
+        grid=(heads, runs),
+        in_specs=[
+            pl.BlockSpec((1,), lambda head, run: (0,)),
+            pl.BlockSpec((None, TILE, dim), lambda head, run: (head, 0, 0)),
+            a_run,
+            a_run,
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, groups, dim), lambda head, run: (head, run, 0, 0)),
+            a_sum,
+            a_sum,
+        ],
+        out_shape=[jax.ShapeDtypeStruct((*sums.shape, dim), jnp.float32), sums, sums],
+    )(fill.reshape(1), q, k, v)
+    all_sums = pl.BlockSpec((None, runs, None), lambda head, group: (head, 0, group))
+    out = call(
+        _merge,
+        grid=(heads, groups),
+        in_specs=[
+            pl.BlockSpec((None, runs, None, dim), lambda head, group: (head, 0, group, 0)),
+            all_sums,
+            all_sums,
+        ],
+        out_specs=pl.BlockSpec((None, None, dim), lambda head, group: (head, group, 0)),
+        out_shape=jax.ShapeDtypeStruct((heads, groups, dim), q.dtype),
+    )(average, top, total)
+    return out.reshape(heads * groups, dim)
+
+
+def _merge(average_ref: Any, top_ref: Any, total_ref: Any, out_ref: Any) -> None:
+    """The average of one query over all runs."""
+    top = top_ref[...]
+    share = jnp.exp(top - jnp.max(top))
+    merged = jnp.sum(average_ref[...] * share[:, None], axis=0)
+    out_ref[...] = (merged / jnp.sum(total_ref[...] * share)).astype(out_ref.dtype)
+
+
+def _average(
+    fill_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    average_ref: Any,
+    top_ref: Any,
+    total_ref: Any,
+    *,
+    groups: int,
+    scale: float,
+) -> None:
+    """One run of slots of one kv head: sum of exp(score - top) v, top, and sum of exp."""
+    size = k_ref.shape[0]
+    start = pl.program_id(1) * size
+    last = fill_ref[0]
+    q = q_ref[...]
+
+    def block(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        average, top, total = carry
+        here = pl.ds(index * BLOCK, BLOCK)
+        scores = triton.dot(q, k_ref[here, :], trans_b=True) * scale
+        slot = start + index * BLOCK + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(slot <= last, scores, -1e30)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights, kept = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
+        values = v_ref[here, :]
+        average = average * kept[:, None] + triton.dot(weights.astype(values.dtype), values)
+        return average, new_top, total * kept + jnp.sum(weights, axis=1)
+
+    rows, dim = q.shape
+    zeros = jnp.zeros((rows,), jnp.float32)
+    carry = jnp.zeros((rows, dim), jnp.float32), jnp.full((rows,), -1e30, jnp.float32), zeros
+    live = jnp.clip((last - start) // BLOCK + 1, 0, size // BLOCK)
+    average, top, total = jax.lax.fori_loop(0, live, block, carry)
+    real = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < groups
+    some = pl.ds(0, rows)
+    triton.store(average_ref.at[some, :], average, mask=real[:, None])
+    triton.store(top_ref.at[some], top, mask=real)
+    triton.store(total_ref.at[some], total, mask=real)
