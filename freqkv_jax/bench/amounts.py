@@ -58,17 +58,25 @@ def prefill(config: LlamaConfig, kv: KVPolicy, dtype: str, batch: int, length: i
 
 
 def decode(
-    config: LlamaConfig, kv: KVPolicy, dtype: str, batch: int, steps: int, slots: int
+    config: LlamaConfig,
+    kv: KVPolicy,
+    dtype: str,
+    batch: int,
+    steps: int,
+    slots: int,
+    weights: str | None = None,
 ) -> Amount:
-    """A round and `steps` steps: weights once a step, and the entries that each token sees."""
+    """A round and `steps` steps: weights (as `fuse` stores them) once a step, and the entries that
+    each token sees."""
     rounds = 0 if kv.capacity is None else 1
     seen = attended_entries(kv, "decode", steps, slots)
     size = jnp.dtype(dtype).itemsize
+    stored = 1 if weights == "int8" else size
     entry = size * 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return Amount(
         useful_flops(config, kv, "decode", batch, steps, slots),
         config.num_layers * map_flops(config, kv, rounds, batch),
-        size * steps * num_weights(config, head=True) + entry * batch * seen,
+        stored * steps * num_weights(config, head=True) + entry * batch * seen,
     )
 
 

@@ -69,36 +69,50 @@ def default_lengths(kv: KVPolicy) -> tuple[int, ...]:
 
 
 def make_cases(
-    works: Sequence[str], model: Llama, lengths: Sequence[int], batch: int, beside: bool = True
+    works: Sequence[str],
+    model: Llama,
+    lengths: Sequence[int],
+    batch: int,
+    beside: bool = True,
+    weights: str | None = None,
 ) -> Iterator[Case]:
     """The cases of `works`, short ones first; if `beside`, the full cache beside the policy.
 
+    Args:
+      weights: how decode has them (fk.fuse).
+
     Raises:
-      ValueError: a length, batch or work that is none.
+      ValueError: a length, batch or work that is none; weights of a work that has no use for them.
     """
     if batch < 1 or not lengths or min(lengths) < 2:
         raise ValueError(f"need batch >= 1 and lengths >= 2, got {batch} and {list(lengths)}")
     for work in works:
         if work not in WORKS:
             raise ValueError(f"no work is named {work!r}; allowed: {', '.join(WORKS)}")
+    if weights is not None and list(works) != ["decode"]:
+        raise ValueError(f"weights {weights!r} are for decode alone, not {', '.join(works)}")
     models = [model]
     if beside and model.kv.capacity is not None:
         models.append(model.clone(kv=FullConfig()))
-    return _cases(works, models, sorted(set(lengths)), batch)
+    return _cases(works, models, sorted(set(lengths)), batch, weights)
 
 
 def _cases(
-    works: Sequence[str], models: Sequence[Llama], lengths: Sequence[int], batch: int
+    works: Sequence[str],
+    models: Sequence[Llama],
+    lengths: Sequence[int],
+    batch: int,
+    weights: str | None,
 ) -> Iterator[Case]:
     for work in works:
         bounded = False
         for length in lengths:
             for model in models:
                 capped = model.kv.capacity is not None
-                if work == "decode" and capped:
-                    if not bounded:
-                        yield _decode(model, batch, 0)
-                    bounded = True
+                if work == "decode":
+                    if not (capped and bounded):
+                        yield _decode(model, batch, 0 if capped else length, weights)
+                    bounded = bounded or capped
                 elif work == "compress":
                     # A full cache has none, and a text that fits the cache neither.
                     if capped and model.kv.num_compressions(length):
@@ -146,7 +160,7 @@ def _prefill(model: Llama, batch: int, length: int) -> Case:
     return Case("prefill", model, batch, length, batch * length, 1, amount, build)
 
 
-def _decode(model: Llama, batch: int, length: int) -> Case:
+def _decode(model: Llama, batch: int, length: int, weights: str | None) -> Case:
     """A whole round behind a full cache, or the last steps that fit an unbounded one."""
     kv = model.kv
     capped = kv.capacity is not None
@@ -170,10 +184,11 @@ def _decode(model: Llama, batch: int, length: int) -> Case:
         logits = jax.random.normal(jax.random.key(1), shape)
         state = _with_fill(random_state(model, batch, length), start)
         # As fk.decode has them (a small model's) or `freqkv generate`; both copies are held.
-        params = fuse(params) if pays(params, batch) else params
+        if weights is not None or pays(params, batch):
+            params = fuse(params, weights=weights)
         return Program(decode, (_variables(model, params), state, logits), following, (1, 2))
 
-    amount = amounts.decode(model.config, kv, model.dtype, batch, steps, length)
+    amount = amounts.decode(model.config, kv, model.dtype, batch, steps, length, weights)
     return Case("decode", model, batch, length, batch * steps, steps, amount, build)
 
 
@@ -275,6 +290,5 @@ def _attention(model: Llama, batch: int, length: int) -> Case:
 _MAKERS = {
     "forward": _forward,
     "prefill": _prefill,
-    "decode": _decode,
     "attention": _attention,
 }

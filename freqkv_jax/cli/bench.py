@@ -14,6 +14,7 @@ from freqkv_jax.cli.common import (
     DTYPES,
     add_config_arguments,
     add_policy_arguments,
+    add_weights_argument,
     default_dtype,
     describe_policy,
     note,
@@ -97,6 +98,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures, after every row")
     parser.add_argument("--profile", metavar="DIR", help="write a trace of one more call a case")
+    add_weights_argument(parser, "decode")
     add_policy_arguments(parser)
 
 
@@ -135,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         "model": task.model,
         "num_params": task.config.num_params,
         "num_layers": task.config.num_layers,
+        "weights": args.weights or task.dtype,  # of decode
         "kv": policy_to_dict(task.kv),
         "ceilings": {
             "flops_per_s": ceilings.flops_per_s,
@@ -176,6 +179,8 @@ def _check_flags(args: argparse.Namespace) -> None:
             )
         if args.peers:
             raise ValueError("--peers knows forward and decode, not train")
+        if args.weights is not None:
+            raise ValueError("--weights is decode's")
     elif args.model is None or args.config is not None or args.set:
         raise ValueError(f"bench {args.work} takes --model; --config and --set are train's")
 
@@ -196,7 +201,7 @@ def model_task(args: argparse.Namespace) -> Task:
     dtype = args.dtype or default_dtype()
     model = Llama(config, kv, dtype, args.attention or "auto")
     batch = 1 if args.batch is None else args.batch
-    todo = cases.make_cases(works, model, lengths, batch, not args.policy_only)
+    todo = cases.make_cases(works, model, lengths, batch, not args.policy_only, args.weights)
     made: list[Any] = []
 
     def params() -> Any:
@@ -248,7 +253,8 @@ def heading(record: dict[str, Any], policy: str, repeats: int) -> list[str]:
     """What the table is of."""
     device, ceilings = record["device"], record["ceilings"]
     return [
-        f"{record['model']}, {record['num_layers']} layers, random weights, {ceilings['dtype']},"
+        f"{record['model']}, {record['num_layers']} layers, random weights, {ceilings['dtype']}"
+        f"{', weights ' + record['weights'] if record['weights'] != ceilings['dtype'] else ''},"
         f" on {device['kind']}, jax {record['versions']['jax']}; {policy}",
         f"this device, in this run: matmul {ceilings['flops_per_s'] / 1e12:.4g} TFLOP/s"
         f" ({ceilings['matmul_side']} cubed), copy {ceilings['bytes_per_s'] / 1e9:.4g} GB/s",

@@ -29,6 +29,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_weights_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """--weights."""
+    parser.add_argument(
+        "--weights",
+        choices=("int8",),
+        help=f"{what} with integers for weights: half of bfloat16's bytes, not exact; one device",
+    )
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--config and --set of a fine-tuning run."""
     parser.add_argument(

@@ -13,6 +13,7 @@ from typing import Any
 from freqkv_jax.cli.common import (
     add_model_arguments,
     add_policy_arguments,
+    add_weights_argument,
     describe_policy,
     load_model,
     note,
@@ -56,6 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-eos", action="store_true", help="go on past the end-of-text token"
     )
+    add_weights_argument(parser, "read and write")
     add_policy_arguments(parser)
 
 
@@ -69,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     prompt = None if args.chat else _prompt_text(args)
     tokenizer = fk.load_tokenizer(args.model)
     model, params = load_model(args)
-    if fused.pays(params, 1):
-        params = fk.fuse(params, donate=True)
+    if args.weights is not None or fused.pays(params, 1):
+        params = fk.fuse(params, donate=True, weights=args.weights)
     voice = Voice(model, params, tokenizer, sampling_from_flags(args, model, tokenizer))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter

@@ -6,6 +6,7 @@ k, v in one array and those of gate, up in another, each as [out, in], so that a
 along rows: the compiler makes one kernel of a norm, a product and what stands before it.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,10 @@ from freqkv_jax.model.flash_decode import attend_one
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import mesh_of
 
+WEIGHTS = ("int8",)  # how `fuse` can store kernels, other than as they are
 
-def fuse(params: Any, donate: bool = False) -> Any:
+
+def fuse(params: Any, donate: bool = False, weights: str | None = None) -> Any:
     """The parameter tree with fused kernels, for prefill, decode, generate and score on one device.
 
     Embedding, head and norms are shared with `params`; the kernels are new arrays, as large as the
@@ -28,28 +31,47 @@ def fuse(params: Any, donate: bool = False) -> Any:
     or spread over a mesh.
 
     Args:
-      params: the tree of a model. donate: free its kernels layer by layer, so that never more than
-        one layer's weights exist twice; `params` cannot be used again.
+      params: the tree of a model.
+      donate: free its kernels layer by layer, so that never more than one layer's weights exist
+        twice; `params` cannot be used again.
+      weights: "int8" stores kernels, and the table that is the head, as integers with one float32
+        factor an output (its largest weight is 127): half the bytes of bfloat16, not exact.
 
     Raises:
-      ValueError: the parameters lie on a mesh: joined kernels would have to be gathered.
+      ValueError: unknown weights, or a fused tree to be stored otherwise; the parameters lie on a
+        mesh: joined kernels would have to be gathered.
     """
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"weights {weights!r} are unknown; allowed: {', '.join(WEIGHTS)} or None")
     if is_fused(params):
-        return params
+        if weights == stored_as(params):
+            return params
+        raise ValueError("the tree is fused already; fuse the plain one with these weights")
     if mesh_of(params) is not None:
         raise ValueError("parameters on a mesh cannot be fused; use them as they are")
     fused = dict(params)
     for name in params:
         if name.startswith("layers_"):
-            fused[name] = _fused_layer(params[name])
-            if donate:
-                _free(params[name], fused[name])
+            fused[name] = _fused_layer(params[name], weights)
+        elif weights is not None and name == "lm_head":
+            fused[name] = _int8(params[name]["kernel"].T)
+        elif weights is not None and name == "embed" and "lm_head" not in params:
+            table = _int8(params[name]["embedding"])
+            fused[name] = {"embedding": table["rows"], "scale": table["scale"]}
+        if donate and fused[name] is not params[name]:
+            _free(params[name], fused[name])
     return fused
 
 
 def is_fused(params: Any) -> bool:
     """Whether a parameter tree is one of `fuse`."""
     return "qkv" in params["layers_0"]["attention"]
+
+
+def stored_as(params: Any) -> str | None:
+    """The `weights` of a fused tree."""
+    rows = params["layers_0"]["attention"]["qkv"]["rows"]
+    return "int8" if rows.dtype == jnp.int8 else None
 
 
 def pays(params: Any, batch: int) -> bool:
@@ -65,10 +87,11 @@ def pays(params: Any, batch: int) -> bool:
     return jax.default_backend() == "gpu"
 
 
-@jax.jit
-def _fused_layer(layer: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=1)
+def _fused_layer(layer: Any, weights: str | None) -> Any:
     def rows(part: str, *names: str) -> dict[str, Array]:
-        return {"rows": jnp.concatenate([layer[part][name]["kernel"].T for name in names])}
+        joined = jnp.concatenate([layer[part][name]["kernel"].T for name in names])
+        return {"rows": joined} if weights is None else _int8(joined)
 
     return {
         "input_norm": layer["input_norm"],
@@ -78,10 +101,20 @@ def _fused_layer(layer: Any) -> Any:
     }
 
 
-def _free(layer: Any, after: Any) -> None:
-    jax.block_until_ready(after)
-    for leaf in jax.tree.leaves(layer):
-        if isinstance(leaf, jax.Array):
+@jax.jit
+def _int8(rows: Array) -> dict[str, Array]:
+    """Rows [out, in] as integers from -127 to 127, and the factor of each."""
+    wide = rows.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=1) / 127
+    unit = jnp.where(scale > 0, scale, jnp.float32(1))
+    return {"rows": jnp.round(wide / unit[:, None]).astype(jnp.int8), "scale": scale}
+
+
+def _free(old: Any, new: Any) -> None:
+    """Deletes the matrices of `old` once `new` is there; norms may be the same arrays in both."""
+    jax.block_until_ready(new)
+    for leaf in jax.tree.leaves(old):
+        if isinstance(leaf, jax.Array) and leaf.ndim > 1:
             leaf.delete()
 
 
@@ -115,9 +148,11 @@ def read_token(
 ) -> tuple[Float[Array, "E"], Memory]:
     """A layer of a fused tree: what `Block.extend` computes, for one token of one text."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    qkv = layer["attention"]["qkv"]["rows"].reshape(heads + 2 * kv_heads, 2, -1, x.size)
     # The halves that rotary embedding pairs, each its own sum of one kernel.
-    first, second = _normed_products(x, layer["input_norm"], config, qkv[:, 0], qkv[:, 1])
+    pairs = (heads + 2 * kv_heads, 2, config.head_dim // 2)
+    first, second = _normed_products(
+        x, layer["input_norm"], config, layer["attention"]["qkv"], pairs
+    )
     cos, sin = token.cos, token.sin
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     turned = turned.astype(x.dtype)[None, None]
@@ -127,28 +162,35 @@ def read_token(
     keys, values = kv.view(memory)
     out = attend_one(q[0, 0], keys[0], values[0], token.fill).reshape(-1)
     x = _plus_product(x, layer["attention"]["o"], out)
-    gate_up = layer["mlp"]["gate_up"]["rows"].reshape(2, -1, x.size)
-    gate, up = _normed_products(x, layer["post_norm"], config, gate_up[0], gate_up[1])
-    return _plus_product(x, layer["mlp"]["down"], (jax.nn.silu(gate) * up).astype(x.dtype)), memory
+    pairs = (1, 2, config.intermediate_size)
+    gate, up = _normed_products(x, layer["post_norm"], config, layer["mlp"]["gate_up"], pairs)
+    return _plus_product(
+        x, layer["mlp"]["down"], (jax.nn.silu(gate) * up)[0].astype(x.dtype)
+    ), memory
 
 
 def _normed_products(
-    x: Array, norm: Any, config: LlamaConfig, *kernels: Array
-) -> tuple[Array, ...]:
-    """RMSNorm(x) [E] times kernels [..., E] of one shape, summed along their rows, float32.
+    x: Array, norm: Any, config: LlamaConfig, linear: Any, pairs: tuple[int, int, int]
+) -> tuple[Array, Array]:
+    """RMSNorm(x) [E] times a kernel whose outputs are `pairs` [a, 2, b]: both of each, [a, b].
 
     The sum of x^2 is one more sum of the same loop: as a kernel of its own, with another one to
     scale, it costs a small model more than adding it up in every row does.
     """
     wide = x.astype(jnp.float32)
     scaled = wide * norm["scale"].astype(jnp.float32)
-    parts = [kernel.astype(jnp.float32) * _along(scaled, kernel) for kernel in kernels]
-    parts.append(jnp.broadcast_to(_along(wide * wide, kernels[0]), kernels[0].shape))
+    rows = linear["rows"].reshape(*pairs, x.size)
+    halves = [rows[:, i].astype(jnp.float32) for i in range(2)]
+    parts = [half * _along(scaled, half) for half in halves]
+    parts.append(jnp.broadcast_to(_along(wide * wide, halves[0]), halves[0].shape))
     zeros = (jnp.float32(0),) * len(parts)
-    *sums, squares = jax.lax.reduce(tuple(parts), zeros, _add_all, (kernels[0].ndim - 1,))
-    squares = squares.reshape(-1)[0]  # the same in every row
+    first, second, squares = jax.lax.reduce(tuple(parts), zeros, _add_all, (2,))
+    squares = squares[0, 0]  # the same in every row
     rate = jax.lax.rsqrt(squares / x.size + config.rms_norm_eps)
-    return tuple(y * rate for y in sums)
+    if "scale" not in linear:
+        return first * rate, second * rate
+    scale = linear["scale"].reshape(pairs)
+    return first * rate * scale[:, 0], second * rate * scale[:, 1]
 
 
 def _add_all(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -161,6 +203,8 @@ def _plus_product(x: Array, linear: Any, y: Array) -> Array:
     x enters as the first term of each sum: added behind them it would be a kernel of its own.
     """
     rows = linear["rows"].astype(jnp.float32)
+    if "scale" in linear:
+        rows = rows * linear["scale"][:, None]
     first = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) == 0
     start = jnp.where(first, x.astype(jnp.float32)[:, None], jnp.float32(0))
     return jnp.sum(rows * _along(y.astype(jnp.float32), rows) + start, axis=-1).astype(x.dtype)

@@ -29,7 +29,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array, out_dtype: Any = None) -> Array:
         if self.has_variable("params", "rows"):
-            return matmul(x, self.get_variable("params", "rows").astype(x.dtype).T, out_dtype)
+            return self._rows_product(x, out_dtype or x.dtype)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.dtype(self.dtype))
         # For few tokens (decoding) the compiler may rather move them than the weights.
@@ -44,6 +44,14 @@ class Linear(nn.Module):
             y = y + matmul(matmul(x, a), b, out_dtype)
         return y
 
+    def _rows_product(self, x: Array, out_dtype: Any) -> Array:
+        kernel = self.get_variable("params", "rows").astype(x.dtype).T
+        if not self.has_variable("params", "scale"):
+            return matmul(x, kernel, out_dtype)
+        return scaled(
+            matmul(x, kernel, jnp.float32), self.get_variable("params", "scale"), out_dtype
+        )
+
 
 def matmul(x: Array, kernel: Array, out_dtype: Any = None) -> Array:
     """x [..., in] @ kernel [in, out], accumulated in float32; in x's dtype or `out_dtype`."""
@@ -56,6 +64,11 @@ def matmul(x: Array, kernel: Array, out_dtype: Any = None) -> Array:
         precision=precision,
         preferred_element_type=out_dtype or x.dtype,
     )
+
+
+def scaled(y: Array, scale: Array, dtype: Any) -> Array:
+    """y [..., out] of an int8 kernel times the factors of its outputs."""
+    return (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -108,7 +121,14 @@ class Embed(nn.Module):
     def __call__(self, tokens: Array, gather: bool = False) -> Array:
         # Many rows: one gather of the table over fsdp, else all devices look up all rows.
         table = sharding.gathered_table(self.embedding, ROWS) if gather else self.embedding
-        return jnp.take(table, tokens, axis=0).astype(jnp.dtype(self.dtype))
+        rows = jnp.take(table, tokens, axis=0).astype(jnp.dtype(self.dtype))
+        if not self.has_variable("params", "scale"):
+            return rows
+        scale = jnp.take(self.get_variable("params", "scale"), tokens, axis=0)
+        return (rows.astype(jnp.float32) * scale[..., None]).astype(rows.dtype)
 
     def logits(self, x: Array) -> Array:
-        return matmul(x, self.embedding.astype(x.dtype).T, jnp.float32)
+        logits = matmul(x, self.embedding.astype(x.dtype).T, jnp.float32)
+        if not self.has_variable("params", "scale"):
+            return logits
+        return scaled(logits, self.get_variable("params", "scale"), jnp.float32)

@@ -11,6 +11,7 @@ from freqkv_jax.bench import amounts, cases, report, timing
 from freqkv_jax.bench.ceilings import Ceilings, Sizes, copy_call, measure_ceilings
 from freqkv_jax.config import SHAPES
 from freqkv_jax.kv import FreqKVConfig, FullConfig, SinkWindowConfig
+from freqkv_jax.model.fused import is_fused, stored_as
 from freqkv_jax.model.llama import Llama
 from tests.tiny import random_params
 
@@ -38,6 +39,8 @@ def test_amounts_by_hand():
     live = sum(range(11, 17))
     entry = 2 * 2 * 2 * 16 * 4  # bytes of one token: layers, K and V, heads, D
     assert step.num_bytes == 6 * 4 * (weights + norms + 256 * 64) + 3 * entry * live
+    int8 = amounts.decode(TINY, KV, "float32", 3, 6, 0, "int8")
+    assert step.num_bytes - int8.num_bytes == 6 * 3 * (weights + norms + 256 * 64)
     assert step.map_flops == 3 * 2 * one_round
     assert step.useful_flops == 3 * (6 * 2 * (weights + 256 * 64) + 2 * 4 * 4 * 16 * live)
     text = amounts.prefill(TINY, KV, "float32", 3, 28)
@@ -117,6 +120,17 @@ def test_decode_is_a_round_and_gives_its_buffers_away():
     assert out[0].shape == (1, 6) and out[2].fill.tolist() == [16]
     again = program.following(1, program.first, out)
     assert again[1].seen.tolist() == [16] and again[2] is out[1]
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_decode_has_the_weights_of_a_gpu(weights, monkeypatch):
+    monkeypatch.setattr(cases, "pays", lambda params, batch: batch == 1)
+    model = Llama(dataclasses.replace(TINY, num_layers=1), KV)
+    (case,) = cases.make_cases(["decode"], model, [28], 1, beside=False, weights=weights)
+    params = case.build(random_params(model.config)).first[0]["params"]
+    assert is_fused(params) and stored_as(params) == weights
+    with pytest.raises(ValueError, match="are for decode alone, not forward"):
+        cases.make_cases(["forward"], model, [28], 1, weights="int8")
 
 
 def test_which_cases():

@@ -49,6 +49,7 @@ def test_only_and_profile(tmp_path, capsys):
     [
         (["--repeats", "4"], "repeats must be at least 5"),
         (["--lengths", "8,x"], "--lengths '8,x' is not understood"),
+        (["--weights", "int8"], "are for decode alone, not forward"),
         (["--batch", "0"], "need batch >= 1"),
         (["--only", "nothing"], "no case of forward is called"),
         (["--model", "enormous"], "no file or folder here and no shape"),

@@ -32,6 +32,17 @@ def test_greedy(capsys, model_folder):
     assert rounds > 0 and "40 written: " in got.err and f"{rounds} compressions" in got.err
 
 
+def test_int8_weights(capsys, model_folder):
+    flags = ["--model", model_folder, "--prompt", PROMPT, "--max-new-tokens", "5", *CACHE]
+    got = generate(capsys, *flags, "--ignore-eos", "--weights", "int8")
+    tokenizer = fk.load_tokenizer(model_folder)
+    kv = fk.FreqKVConfig(cache_size=32)
+    model, params = fk.load_pretrained(model_folder, kv=kv, dtype="float32")
+    prompt = tokenizer.encode(PROMPT, add_special_tokens=True)
+    (ids,) = fk.generate(model, fk.fuse(params, weights="int8"), [prompt], 5)
+    assert got.out == tokenizer.decode(ids) + "\n"
+
+
 def test_words_come_as_they_are_made(model_folder, monkeypatch):
     written = []
 

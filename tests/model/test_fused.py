@@ -112,3 +112,60 @@ def test_parameters_on_a_mesh_stay_as_they_are():
     assert not fused.pays(params, 1)
     with pytest.raises(ValueError, match="on a mesh cannot be fused"):
         fk.fuse(params)
+
+
+def plain_again(config, tree):
+    """The plain float32 tree that an int8 one stands for."""
+
+    def wide(linear, name="rows"):
+        return np.asarray(linear[name], np.float32) * np.asarray(linear["scale"])[:, None]
+
+    def kernels(linear, *sizes):
+        ends = np.cumsum(sizes)[:-1]
+        return [{"kernel": part.T} for part in np.split(wide(linear), ends)]
+
+    heads, kv_heads = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    params = dict(tree)
+    for name in [name for name in tree if name.startswith("layers_")]:
+        layer, ffn = tree[name], config.intermediate_size
+        q, k, v = kernels(layer["attention"]["qkv"], heads, kv_heads, kv_heads)
+        gate, up = kernels(layer["mlp"]["gate_up"], ffn, ffn)
+        (o,), (down,) = kernels(layer["attention"]["o"], 0), kernels(layer["mlp"]["down"], 0)
+        params[name] = layer | {
+            "attention": {"q": q, "k": k, "v": v, "o": o},
+            "mlp": {"gate": gate, "up": up, "down": down},
+        }
+    if "lm_head" in tree:
+        params["lm_head"] = {"kernel": wide(tree["lm_head"]).T}
+    else:
+        params["embed"] = {"embedding": wide(tree["embed"], "embedding")}
+    return params
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_int8_is_what_it_stands_for(tied):
+    model, plain, _ = both(kv=fk.FreqKVConfig(16, 4), tie_word_embeddings=tied)
+    tree = fk.fuse(plain, weights="int8")
+    same = plain_again(model.config, tree)
+    assert jax.tree.map(np.shape, same) == jax.tree.map(np.shape, plain)
+    kernel, want = (x["layers_1"]["mlp"]["up"]["kernel"] for x in (same, plain))
+    step = np.abs(want).max(axis=0) / 127
+    assert (np.abs(kernel - want) <= step * 0.5001).all()
+    tokens = random_tokens(model.config, 1, 30)
+    want, state = fk.prefill(model, same, tokens)
+    want_tokens, want_after, _ = fk.decode(model, same, state, want, 10)
+    got, state = fk.prefill(model, tree, tokens)
+    got_tokens, got_after, _ = fk.decode(model, tree, state, got, 10)
+    assert_close(got, want, LOGITS)
+    assert got_tokens.tolist() == want_tokens.tolist()
+    assert_close(got_after, want_after, LOGITS)
+
+
+def test_bad_weights():
+    _, plain, tree = both()
+    with pytest.raises(ValueError, match="weights 'int4' are unknown; allowed: int8 or None"):
+        fk.fuse(plain, weights="int4")
+    with pytest.raises(ValueError, match="fused already"):
+        fk.fuse(tree, weights="int8")
+    zero = jax.tree.map(jnp.zeros_like, plain)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(fk.fuse(zero, weights="int8")))
