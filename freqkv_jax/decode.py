@@ -28,7 +28,6 @@ from freqkv_jax.sampling import Draw, Sampling, sampling
 # compile on a GPU (5 to 7 s for 30 layers), whereas starting one costs a fraction of a millisecond:
 # powers of two up to 256 compiled for 41 s what these compile in a third of that.
 SCAN_LENGTHS = (64, 8, 1)
-FUSED_STEPS = 8  # a call of fewer steps is not worth a copy of the weights
 
 
 def prefill(
@@ -92,8 +91,7 @@ def decode(
     """Picks a token from `logits`, reads it, and so on, `num_steps` times.
 
     Args:
-      model, params: one text on a GPU is decoded faster with `fk.fuse(params)`; small models are
-        fused by this call.
+      params: one text on a GPU takes fewer kernels with `fk.fuse(params)`.
       state, logits: of `prefill` or `decode`. The state is donated: do not use it again.
       temperature: 0 is greedy (ties take the lowest id); else tokens are drawn, after
         temperature, `top_k` and `top_p` in this order, and `key` is required.
@@ -156,7 +154,6 @@ class Decoder:
             tokens, logits, state = self.run(
                 programs.decode_steps, state, logits, self.draw, self.eos,
                 rule=self.rule, num_steps=size, uniform=uniform,
-                fuses=self.run.fuses and size >= FUSED_STEPS,
             )  # fmt: skip
             parts.append(tokens)
             left -= size

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from freqkv_jax.kv.policy import Memory, choose_rows
 from freqkv_jax.kv.state import KVState
-from freqkv_jax.model.fused import fuse
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.sampling import Draw, Sampling, pick
 from freqkv_jax.sharding import BATCH_AXES, P, constrain
@@ -217,16 +216,12 @@ def decode_steps(
     rule: Sampling,
     num_steps: int,
     uniform: bool,
-    fuses: bool = False,
 ) -> tuple[Int[Array, "B n"], Float[Array, "B V"], KVState]:
     """`num_steps` decode steps in one scan, with room for all of them.
 
     Args:
       uniform: the running rows share one fill, so that a token is one write for the whole batch.
-      fuses: fuse the weights first (a copy of them that the call makes and drops).
     """
-    if fuses:
-        variables = variables | {"params": fuse(variables["params"])}
     fill = common_fill(state, eos is not None) if uniform else None
 
     def step(carry: Any, index: Array) -> tuple[Any, Array]:

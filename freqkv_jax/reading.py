@@ -17,7 +17,6 @@ from freqkv_jax import programs
 from freqkv_jax.compile_options import once_a_call
 from freqkv_jax.kv.policy import KVPolicy
 from freqkv_jax.kv.state import KVState, empty_state, grown
-from freqkv_jax.model import fused
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.sharding import BATCH_AXES, P, check_mesh, mesh_of
 
@@ -106,9 +105,6 @@ class Runner:
         self.variables = {"params": params, "maps": placed_maps(model.kv, self.mesh)}
         small = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= SCAN_BYTES
         self.reading = model.clone(scan_layers=small and self.mesh is None)
-        # A copy of a small model's weights in each call is nothing beside the steps that it makes
-        # faster; of a large one's it would fill the memory, so that the caller must fuse them.
-        self.fuses = small and fused.pays(params, batch)
 
     def __call__(self, program: Callable[..., Any], *args: Any, **static: Any) -> Any:
         """Runs a function of `programs` on arrays `args`; the state among them is donated."""
@@ -205,7 +201,7 @@ def compiled(program: Callable[..., Any], mesh: Mesh | None, kv: KVPolicy) -> Ca
     Donation is what updates caches in place: without it every step would copy all of them.
     """
     names = program.__code__.co_varnames[: program.__code__.co_argcount]
-    static = [n for n in ("model", "kind", "rule", "num_steps", "uniform", "fuses") if n in names]
+    static = [n for n in ("model", "kind", "rule", "num_steps", "uniform") if n in names]
     options: dict[str, Any] = {}
     if mesh is not None:
         rows, state = NamedSharding(mesh, P(BATCH_AXES)), state_prefix(mesh, kv)

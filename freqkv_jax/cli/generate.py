@@ -64,14 +64,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Loads the model and continues the prompt, or starts the conversation."""
     import freqkv_jax as fk
-    from freqkv_jax.model import fused
 
     if args.system is not None and not args.chat:
         raise ValueError("--system is for --chat; put the text into the prompt instead")
     prompt = None if args.chat else _prompt_text(args)
     tokenizer = fk.load_tokenizer(args.model)
     model, params = load_model(args)
-    if args.weights is not None or fused.pays(params, 1):
+    if args.weights is not None:
         params = fk.fuse(params, donate=True, weights=args.weights)
     voice = Voice(model, params, tokenizer, sampling_from_flags(args, model, tokenizer))
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freqkv_jax.model import flash_decode
+from freqkv_jax.model import cudnn, flash_decode
 from freqkv_jax.model.attention import attend_cache
 from tests.tolerances import BF16_PRIMITIVE_REL_L2, PRIMITIVE, assert_close, rel_l2
 
@@ -60,14 +60,14 @@ def test_half_precision_and_dead_slots():
 )
 def test_what_it_takes(shape, dtype, taken, monkeypatch):
     """Traced only: lowering for a GPU needs to know one."""
-    monkeypatch.setattr(flash_decode, "has_nvidia", lambda: True)
+    monkeypatch.setattr(cudnn, "present", lambda: True)
     q, k, v = inputs(*shape, dtype)
     made = str(jax.make_jaxpr(lambda *a: flash_decode.attend_one(*a))(q, k, v, jnp.int32(5)))
     assert bool(re.search(r"pallas_call", made)) == taken
 
 
 def test_a_cpu_runs_the_plain_form(monkeypatch):
-    monkeypatch.setattr(flash_decode, "has_nvidia", lambda: True)
+    monkeypatch.setattr(cudnn, "present", lambda: True)
     q, k, v = inputs(4, 2, 64, 2 * BLOCK, "bfloat16")
     got = jax.jit(lambda *a: flash_decode.attend_one(*a))(q, k, v, jnp.int32(5))
     np.testing.assert_array_equal(got, jax.jit(plain)(q, k, v, jnp.int32(5)))

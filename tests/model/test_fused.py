@@ -76,21 +76,20 @@ def test_bfloat16():
     assert rel_l2(got, want) < BF16_REL_L2
 
 
-def test_small_models_are_fused_by_decode(monkeypatch):
-    model, plain, _ = both(kv=fk.FullConfig())
+def test_a_fused_tree_is_decoded_by_the_form_for_one_token(monkeypatch):
+    model, plain, tree = both(kv=fk.FullConfig())
     tokens = random_tokens(model.config, 1, 13)
-    logits, state = fk.prefill(model, plain, tokens)
-    want, want_logits, _ = fk.decode(model, plain, state, logits, 9)
-    monkeypatch.setattr(fused, "pays", lambda params, batch: True)
     calls = []
     read_token = fused.read_token
     monkeypatch.setattr(fused, "read_token", lambda *a: calls.append(1) or read_token(*a))
-    logits, state = fk.prefill(model, plain, tokens)
-    assert not calls
-    got, got_logits, _ = fk.decode(model, plain, state, logits, 9)
-    assert len(calls) == model.config.num_layers  # traced once, for the call of 8 steps
-    assert got.tolist() == want.tolist()
-    assert_close(got_logits, want_logits, LOGITS)
+    found = []
+    for params in (plain, tree):
+        logits, state = fk.prefill(model, params, tokens)
+        assert not calls
+        found.append(fk.decode(model, params, state, logits, 9)[:2])
+        assert bool(calls) == (params is tree)
+    assert found[0][0].tolist() == found[1][0].tolist()
+    assert_close(found[1][1], found[0][1], LOGITS)
 
 
 def test_what_fuse_gives_and_takes():
