@@ -32,6 +32,7 @@ LAYERS = {
         "model.cudnn",
         "model.attention",
         "model.layers",
+        "model.self_attention",
         "model.scan",
         "model.flash_decode",
         "model.fused",
@@ -67,7 +68,7 @@ LAYERS = {
         "__main__",
     ],
 }
-LINEN = ("model.layers", "model.llama")
+LINEN = ("model.layers", "model.self_attention", "model.llama")
 NEVER = {"torch", "transformers"}  # the tests' and the evaluation tasks' business
 MAY_USE_TRANSFORMERS = ("evals.*",)
 MEASURES_TORCH = "bench.peers"  # run in a process of its own, where both are installed

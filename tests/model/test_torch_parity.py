@@ -12,7 +12,8 @@ from transformers.models.llama import modeling_llama
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import FullConfig
 from freqkv_jax.model.layers import RMSNorm
-from freqkv_jax.model.llama import Attention, Block, Llama
+from freqkv_jax.model.llama import Block, Llama
+from freqkv_jax.model.self_attention import Attention
 from freqkv_jax.rope import Rope
 from tests.hf_names import to_params
 from tests.tiny import random_tokens

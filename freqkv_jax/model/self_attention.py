@@ -1,0 +1,173 @@
+"""Self-attention through a cache policy, as the decoder's layers call it."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from freqkv_jax.config import LlamaConfig
+from freqkv_jax.kv import KVPolicy
+from freqkv_jax.kv.policy import Maps, Memory
+from freqkv_jax.model.attention import attend, attend_behind, attend_cache
+from freqkv_jax.model.layers import ROWS, Linear
+from freqkv_jax.rope import Rope
+from freqkv_jax.sharding import BATCH_AXES, P, constrain
+
+HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)  # [B, T, heads, D]
+
+
+class Attention(nn.Module):
+    """Self-attention through a cache policy, in its three calls."""
+
+    config: LlamaConfig
+    kv: KVPolicy
+    dtype: str
+    backend: str
+
+    def setup(self) -> None:
+        c = self.config
+        self.q = Linear(c.num_heads * c.head_dim, self.dtype)
+        self.k = Linear(c.num_kv_heads * c.head_dim, self.dtype)
+        self.v = Linear(c.num_kv_heads * c.head_dim, self.dtype)
+        self.qkv = Linear((c.num_heads + 2 * c.num_kv_heads) * c.head_dim, self.dtype)  # fused
+        self.o = Linear(c.hidden_size, self.dtype, ROWS)
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        def split(y: Array) -> Array:
+            heads = y.reshape(*y.shape[:-1], -1, self.config.head_dim)
+            return constrain(heads, HEADS_SPEC)
+
+        if self.has_variable("params", "qkv"):
+            heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+            q, k, v = jnp.split(split(self.qkv(x)), [heads, heads + kv_heads], axis=-2)
+            return q, k, v
+        return split(self.q(x)), split(self.k(x)), split(self.v(x))
+
+    def _merge(self, x: Array, rows: int | None = None) -> Array:
+        x = x.reshape(*x.shape[:-2], -1)
+        more = 0 if rows is None else rows - x.shape[1]
+        return self.o(jnp.pad(x, ((0, 0), (0, more), (0, 0))) if more else x)
+
+    def __call__(self, x: Array, rope: Rope, maps: Maps, length: int) -> Array:
+        """Parallel form on a whole text, from an empty cache: [B, T, E] to [B, T, E], of which
+        `length` tokens are the text."""
+        q, k, v = (y[:, :length] for y in self._project(x))
+        capacity = self.kv.capacity
+        head = length if capacity is None else min(length, capacity)
+        at = jnp.arange(head, dtype=jnp.int32)
+        at = self.kv.position(at, at)
+        q_head, k_head = (rope.rotate_tokens(y[:, :head], at) for y in (q, k))
+        out = attend(q_head, k_head, v[:, :head], self.backend)
+        if head == length:
+            return self._merge(out, x.shape[1])
+        memory = self.kv.init(x.shape[0], k.shape[2], k.shape[3], k.dtype)
+        queries = q_head if "queries" in self.kv.needs else None
+        memory = self.kv.append(memory, k_head, v[:, :head], 0, queries=queries)
+        seen = jnp.full((x.shape[0],), head, jnp.int32)
+        q, k, v = (y[:, head:] for y in (q, k, v))
+        rest, _ = self._chunks(q, k, v, memory, seen, None, rope, maps)
+        return self._merge(jnp.concatenate([out, rest], axis=1), x.shape[1])
+
+    def block(
+        self,
+        x: Array,
+        memory: Memory,
+        seen: Array,
+        counts: Array,
+        rope: Rope,
+        maps: Maps,
+        length: int,
+    ) -> tuple[Array, Memory]:
+        """Parallel form on whole chunks, the first `length` tokens, behind full memories; rows
+        take `counts` of them."""
+        q, k, v = (y[:, :length] for y in self._project(x))
+        out, memory = self._chunks(q, k, v, memory, seen, counts, rope, maps)
+        return self._merge(out, x.shape[1]), memory
+
+    def _chunks(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        memory: Memory,
+        seen: Array,
+        counts: Array | None,
+        rope: Rope,
+        maps: Maps,
+    ) -> tuple[Array, Memory]:
+        """Tokens [B, T, ., D] behind full memories: all caches first, then all attention."""
+        size = self.kv.chunk
+        full = q.shape[1] // size * size
+        outs = []
+        for start, stop in ((0, full), (full, q.shape[1])):
+            if start == stop:
+                continue
+            # What is left after whole chunks costs by its length: it alone is padded, and only
+            # the keys and the queries that it needs are attended.
+            some = None if counts is None else jnp.clip(counts - start, 0, stop - start)
+            q_some, k_some, v_some = (y[:, start:stop] for y in (q, k, v))
+            out, memory = self._some_chunks(
+                q_some, k_some, v_some, memory, seen + start, some, rope, maps
+            )
+            outs.append(out)
+        return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0], memory
+
+    def _some_chunks(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        memory: Memory,
+        seen: Array,
+        counts: Array | None,
+        rope: Rope,
+        maps: Maps,
+    ) -> tuple[Array, Memory]:
+        """`_chunks` of whole chunks, or of less than one."""
+        batch, length = q.shape[:2]
+        prefix, size = self.kv.prefix, self.kv.chunk
+        queries = min(length, size)  # of each chunk
+        if queries < size:
+            counts = jnp.full((batch,), length, jnp.int32) if counts is None else counts
+            more = ((0, 0), (0, size - length), (0, 0), (0, 0))
+            q, k, v = (jnp.pad(y, more) for y in (q, k, v))
+        q, k, v = (y.reshape(batch, -1, size, *y.shape[2:]) for y in (q, k, v))
+        needed = q if "queries" in self.kv.needs else None
+        caches = self.kv.chunk_caches(memory, k, v, counts, rope, maps, seen, needed)
+        offsets = jnp.arange(queries, dtype=jnp.int32)
+        steps = jnp.arange(q.shape[1], dtype=jnp.int32)[:, None] * size + offsets[None]
+        at = self.kv.position(seen[:, None, None] + steps[None], prefix + offsets)
+        q, k = (rope.rotate_tokens(y[:, :, :queries], at) for y in (q, k))
+        q, k, v, k_old, v_old = (
+            constrain(y.reshape(batch * y.shape[1], *y.shape[2:]), HEADS_SPEC)
+            for y in (q, k, v[:, :, :queries], caches.k, caches.v)
+        )
+        out = attend_behind(q, (k_old, v_old), (k, v), self.backend)
+        return out.reshape(batch, length, *out.shape[2:]), caches.memory
+
+    def extend(
+        self,
+        x: Array,
+        memory: Memory,
+        seen: Array,
+        fill: int | Array,
+        counts: Array | None,
+        rope: Rope,
+    ) -> tuple[Array, Memory]:
+        """Streaming form: T tokens that find room behind `fill` (int, scalar or [B])."""
+        q, k, v = self._project(x)
+        offsets = jnp.arange(x.shape[1], dtype=jnp.int32)
+        slot = jnp.asarray(fill, jnp.int32)
+        at = self.kv.position(seen[:, None] + offsets[None], slot[..., None] + _like(offsets, slot))
+        q, k = rope.rotate_tokens(q, at), rope.rotate_tokens(k, at)
+        queries = q if "queries" in self.kv.needs else None
+        memory = self.kv.append(memory, k, v, fill, counts, queries)
+        k_all, v_all = self.kv.view(memory)
+        if isinstance(fill, int):
+            end = fill + x.shape[1]
+            k_all, v_all = (jnp.swapaxes(y[:, :, :end], 1, 2) for y in (k_all, v_all))
+            return self._merge(attend(q, k_all, v_all, self.backend)), memory
+        return self._merge(attend_cache(q, k_all, v_all, fill)), memory
+
+
+def _like(offsets: Array, slot: Array) -> Array:
+    return offsets.reshape((1,) * slot.ndim + (-1,))
