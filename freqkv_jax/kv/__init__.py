@@ -5,6 +5,7 @@ from freqkv_jax.kv.full import FullConfig
 from freqkv_jax.kv.h2o import H2OConfig
 from freqkv_jax.kv.knorm import KeyNormConfig
 from freqkv_jax.kv.novelty import SpectralNoveltyConfig
+from freqkv_jax.kv.pair_average import PairAverageConfig
 from freqkv_jax.kv.policy import (
     POLICIES,
     KVPolicy,
@@ -25,6 +26,7 @@ __all__ = [
     "KVPolicy",
     "KVState",
     "KeyNormConfig",
+    "PairAverageConfig",
     "RandomConfig",
     "SinkWindowConfig",
     "SnapKVConfig",

@@ -9,7 +9,15 @@ import pytest
 from jax.interpreters import partial_eval as pe
 
 from freqkv_jax import folding, spectral
-from freqkv_jax.kv import FreqKVConfig, KVPolicy, SinkWindowConfig, linear
+from freqkv_jax.kv import (
+    FreqKVConfig,
+    KVPolicy,
+    PairAverageConfig,
+    SinkWindowConfig,
+    linear,
+    policy_from_dict,
+    policy_to_dict,
+)
 from freqkv_jax.rope import Rope
 from tests import oracle
 from tests.tiny import tiny_config
@@ -28,6 +36,8 @@ POLICIES = [
     FreqKVConfig(18, 4, method="fft"),
     SinkWindowConfig(16, 3),
     SinkWindowConfig(16, 3, 2, 0.8),  # the window is longer than a chunk
+    PairAverageConfig(20, 4),
+    PairAverageConfig(18, 4, 3),  # span odd
 ]
 every = pytest.mark.parametrize("kv", POLICIES, ids=str)
 
@@ -167,6 +177,29 @@ def test_many_rounds_in_bfloat16_stay_near_float64(size, unrolled, monkeypatch):
         assert rel_l2(got[0, c, 4:], low) <= BF16_PRIMITIVE_REL_L2
         # What is not mapped is handed on to the bit.
         np.testing.assert_array_equal(got[0, c, :4], first[0, :4])
+
+
+@pytest.mark.parametrize("kv", POLICIES[-2:], ids=str)
+def test_pairs_become_their_means(kv):
+    x = np.random.default_rng(0).normal(size=(kv.capacity, 3)).astype(np.float32)
+    end = kv.capacity - kv.recent_size
+    pairs = [list(range(t - 2, t)) for t in range(end, 5, -2)][::-1]
+    if kv.span % 2:
+        pairs[0].insert(0, 4)
+    assert sorted(sum(pairs, [])) == list(range(4, end)) and len(pairs) == kv.keep
+    want = [*x[:4], *(x[pair].mean(axis=0) for pair in pairs), *x[end:]]
+    assert_close(kv.shrink(jnp.asarray(x), 0, {}), want, COMPRESS)
+    assert_close(kv.shrink(jnp.asarray(x.T), 1, {}), np.array(want).T, COMPRESS)
+
+
+def test_pair_averaging_has_no_ratio():
+    kv = PairAverageConfig(17, 3)
+    assert (kv.keep, kv.chunk, kv.prefix) == (7, 7, 10)
+    assert "retain_ratio" not in policy_to_dict(kv)
+    assert policy_from_dict(policy_to_dict(kv)) == kv != PairAverageConfig(17, 4)
+    assert PairAverageConfig(5, 4).keep == 0
+    with pytest.raises(TypeError, match="retain_ratio"):
+        PairAverageConfig(17, 3, retain_ratio=0.25)
 
 
 def test_halves_are_the_span(kv=POLICIES[0]):

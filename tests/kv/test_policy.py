@@ -14,6 +14,7 @@ from freqkv_jax.kv import (
     FullConfig,
     H2OConfig,
     KeyNormConfig,
+    PairAverageConfig,
     RandomConfig,
     SinkWindowConfig,
     SnapKVConfig,
@@ -35,6 +36,7 @@ def test_the_registry():
         "h2o": H2OConfig,
         "knorm": KeyNormConfig,
         "novelty": SpectralNoveltyConfig,
+        "pair_average": PairAverageConfig,
         "random": RandomConfig,
         "sink_window": SinkWindowConfig,
         "snapkv": SnapKVConfig,
@@ -166,6 +168,7 @@ def test_from_args_takes_what_it_knows():
     assert policy_from_args("sink_window", **sizes, method="fft") == SinkWindowConfig(
         64, 2, 1, 0.25
     )
+    assert policy_from_args("pair_average", **sizes) == PairAverageConfig(64, 2, 1)
     assert policy_from_args("full", **sizes) == FullConfig()
 
 
