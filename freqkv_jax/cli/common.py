@@ -104,6 +104,18 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the chosen entries that the values choose (novelty; default: 1/3)",
     )
     group.add_argument(
+        "--recency",
+        type=float,
+        metavar="W",
+        help="what the newest entry's score is ahead of the oldest's (novelty; default: 0)",
+    )
+    group.add_argument(
+        "--shared-heads",
+        action="store_const",
+        const=True,
+        help="all kv heads of a layer keep the same entries (novelty)",
+    )
+    group.add_argument(
         "--window",
         type=int,
         metavar="W",
@@ -127,6 +139,8 @@ _POLICY_FIELDS = {
     "chunk": "chunk",
     "bands": "bands",
     "value_share": "value_share",
+    "recency": "recency",
+    "shared_heads": "shared_heads",
     "window": "window",
     "pool_size": "pool_size",
 }

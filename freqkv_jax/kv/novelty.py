@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from freqkv_jax.kv.choosing import ChoosingPolicy, highest
 from freqkv_jax.kv.policy import Maps, register
+from freqkv_jax.sharding import axis_size
 
 LOG_VALUE_WEIGHT = 0.3
 _TINY = 1e-30  # added to squared norms: a key of zeros has no direction
@@ -35,13 +36,20 @@ class SpectralNoveltyConfig(ChoosingPolicy):
       cache_size, sink_size, recent_size, chunk: see ChoosingPolicy.
       bands: B, components of the low-pass; more than m entries have m.
       value_share: share of the places between sinks and recents given by value, in [0, 1].
+      recency: w >= 0; w t / m is added to both scores of entry t = 0 ... m-1, oldest first. It is
+        rank that counts, not age in tokens; a large w makes the choice a window. 0: none.
+      shared_heads: all kv heads of a layer keep the same entries, by the means of their scores.
+        Not on a mesh that splits heads (tensor > 1): they would have to meet in every round.
 
     Raises:
-      ValueError: as ChoosingPolicy, and unless bands >= 1 and 0 <= value_share <= 1.
+      ValueError: as ChoosingPolicy, and unless bands >= 1, 0 <= value_share <= 1 and recency is
+        finite and >= 0.
     """
 
     bands: int = 16
     value_share: float = 1 / 3
+    recency: float = 0.0
+    shared_heads: bool = False
 
     name: ClassVar[str] = "novelty"
     summary: ClassVar[str] = "keeps what the low-pass would destroy: keys far from the keys' course"
@@ -58,6 +66,16 @@ class SpectralNoveltyConfig(ChoosingPolicy):
                 " entries that are chosen by value (0 chooses by novelty alone)"
             )
         object.__setattr__(self, "value_share", float(share))
+        weight = self.recency
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"recency must be a finite number >= 0, got {weight!r}; it is what the newest entry"
+                " is ahead of the oldest (0 for nothing)"
+            )
+        object.__setattr__(self, "recency", float(weight))
+        if not isinstance(self.shared_heads, bool):
+            raise ValueError(f"shared_heads must be true or false, got {self.shared_heads!r}")
 
     @property
     def by_value(self) -> int:
@@ -79,12 +97,27 @@ class SpectralNoveltyConfig(ChoosingPolicy):
         exact = jax.lax.Precision.HIGHEST
         bands = jnp.einsum("fm,bkmd->bkfd", maps["basis"], unit, precision=exact)
         low = jnp.einsum("fm,bkfd->bkmd", maps["basis"], bands, precision=exact)
-        novel = highest(-_cosine(unit, low), self.keep - self.by_value)
-        if not self.by_value:
-            return novel
-        worth = LOG_VALUE_WEIGHT * jnp.log(_square(v)[..., 0] + _TINY)
-        worth = worth - _cosine(unit, bands[:, :, :1])  # the lowest band is the mean, scaled
-        return novel | highest(jnp.where(novel, -jnp.inf, worth), self.by_value)
+        chosen = highest(self._compared(-_cosine(unit, low)), self.keep - self.by_value)
+        if self.by_value:
+            worth = LOG_VALUE_WEIGHT * jnp.log(_square(v)[..., 0] + _TINY)
+            worth = worth - _cosine(unit, bands[:, :, :1])  # the lowest band is the mean, scaled
+            worth = jnp.where(chosen, -jnp.inf, self._compared(worth))
+            chosen |= highest(worth, self.by_value)
+        return jnp.broadcast_to(chosen, k.shape[:3])
+
+    def _compared(self, score: Array) -> Array:
+        """Scores [B, K, m] as they are compared: [B, 1, m] where heads choose together."""
+        if self.shared_heads:
+            if axis_size("tensor") > 1:
+                raise ValueError(
+                    f"shared_heads=True cannot be used on a mesh with tensor={axis_size('tensor')}:"
+                    " heads that choose together must lie on one device; use data or fsdp"
+                )
+            score = score.mean(axis=1, keepdims=True)
+        if self.recency:
+            rank = jnp.arange(self.span, dtype=jnp.float32) / self.span
+            score = score + self.recency * rank[None, None]
+        return score
 
 
 def _square(x: Array) -> Array:

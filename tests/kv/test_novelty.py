@@ -1,6 +1,7 @@
 """Choosing policies: what they choose, ties, both forms alike, gradients, sharding, bad input."""
 
 import argparse
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,23 @@ def cosine(x, y):
 
 
 def chosen_slowly(kv, k, v):
-    """Sorted indices that one head keeps, by the definition, in float64."""
+    """Sorted indices that each head keeps, by the definition, in float64: k, v are [K, m, D]."""
+    scores = [scored_slowly(kv, *head) for head in zip(k, v, strict=True)]
+    if kv.shared_heads:
+        scores = [np.mean(scores, axis=0)] * len(scores)
+    return [kept_slowly(kv, *both) for both in scores]
+
+
+def kept_slowly(kv, novelty, worth):
+    m = len(novelty)
+    by_value = int(kv.keep * kv.value_share)
+    kept = sorted(range(m), key=lambda t: -novelty[t])[: kv.keep - by_value]
+    rest = sorted(set(range(m)) - set(kept), key=lambda t: -worth[t])
+    return sorted(kept + rest[:by_value])
+
+
+def scored_slowly(kv, k, v):
+    """Novelty and worth of one head's entries."""
     m = len(k)
     u = k / np.linalg.norm(k, axis=-1, keepdims=True)
     low = np.zeros_like(u)
@@ -50,28 +67,58 @@ def chosen_slowly(kv, k, v):
         wave = np.cos(np.pi * f * (2 * np.arange(m) + 1) / (2 * m))
         wave /= np.linalg.norm(wave)
         low += np.outer(wave, wave @ u)
-    novelty = [-cosine(u[t], low[t]) for t in range(m)]
-    by_value = int(kv.keep * kv.value_share)
-    kept = sorted(range(m), key=lambda t: -novelty[t])[: kv.keep - by_value]
-    worth = [-cosine(u[t], u.mean(0)) + 0.3 * np.log(v[t] @ v[t]) for t in range(m)]
-    rest = sorted(set(range(m)) - set(kept), key=lambda t: -worth[t])
-    return sorted(kept + rest[:by_value])
+    novelty = [-cosine(u[t], low[t]) + kv.recency * t / m for t in range(m)]
+    worth = [
+        -cosine(u[t], u.mean(0)) + 0.3 * np.log(v[t] @ v[t]) + kv.recency * t / m for t in range(m)
+    ]
+    return novelty, worth
 
 
 @pytest.mark.parametrize(
-    "kv", [KV, SpectralNoveltyConfig(40, 3, 8, 11, bands=1, value_share=0.0)], ids=str
+    "kv",
+    [
+        KV,
+        SpectralNoveltyConfig(40, 3, 8, 11, bands=1, value_share=0.0),
+        dataclasses.replace(KV, recency=0.7),
+        dataclasses.replace(KV, shared_heads=True),
+        dataclasses.replace(KV, recency=0.4, shared_heads=True, value_share=0.0),
+    ],
+    ids=str,
 )
 def test_a_round_is_the_definition(kv):
     k, v = normal(2, 2, 40, 8), normal(2, 2, 40, 8, seed=1)
     got = kv.make_room(Slots(ROPE.rotate_slots(k), v), ROPE, arrays(kv))
     for row in range(2):
-        for head in range(2):
-            middle = [np.asarray(x[row, head, 3:32], np.float64) for x in (k, v)]
-            kept = [0, 1, 2, *(3 + t for t in chosen_slowly(kv, *middle)), *range(32, 40)]
+        middle = [np.asarray(x[row, :, 3:32], np.float64) for x in (k, v)]
+        for head, chosen in enumerate(chosen_slowly(kv, *middle)):
+            kept = [0, 1, 2, *(3 + t for t in chosen), *range(32, 40)]
             assert len(kept) == kv.prefix
             want = ROPE.rotate_slots(k[row, head, np.array(kept)])
             assert_close(got.k[row, head, : kv.prefix], want, COMPRESS)
             np.testing.assert_array_equal(got.v[row, head, : kv.prefix], v[row, head, kept])
+
+
+def test_a_large_recency_is_a_window_and_none_changes_nothing():
+    k, v = normal(1, 2, 40, 8), normal(1, 2, 40, 8, seed=1)
+    memory = Slots(ROPE.rotate_slots(k), v)
+    got = dataclasses.replace(KV, recency=1000.0).make_room(memory, ROPE, arrays(KV))
+    np.testing.assert_array_equal(got.v[:, :, 3 : KV.prefix], v[:, :, 40 - KV.prefix + 3 :])
+    heads = [chosen_slowly(KV, *(np.asarray(x[0, :, 3:32], np.float64) for x in (k, v)))[h]
+             for h in range(2)]  # fmt: skip
+    assert heads[0] != heads[1], "heads must differ where they choose each for itself"
+
+
+def test_heads_that_choose_together_are_refused_where_they_are_split():
+    kv = dataclasses.replace(KV, shared_heads=True)
+    memory = Slots(normal(2, 2, 40, 8), normal(2, 2, 40, 8, seed=1))
+    room = jax.jit(lambda m, a: kv.make_room(m, ROPE, a))
+    with (
+        jax.set_mesh(fk.make_mesh(data=2, tensor=2)),
+        pytest.raises(ValueError, match="shared_heads=True cannot be used on a mesh with tensor=2"),
+    ):
+        room(memory, arrays(kv))
+    with jax.set_mesh(fk.make_mesh(data=2, fsdp=2)):
+        room(memory, arrays(kv))
 
 
 def test_key_norms_choose_the_shortest():
@@ -207,6 +254,9 @@ def test_sizes():
         ({"bands": 0}, "bands must be a whole number >= 1, got 0"),
         ({"value_share": 1.1}, r"value_share must be in \[0, 1\], got 1.1"),
         ({"value_share": True}, r"value_share must be in \[0, 1\], got True"),
+        ({"recency": -0.1}, "recency must be a finite number >= 0, got -0.1"),
+        ({"recency": float("nan")}, "recency must be a finite number >= 0, got nan"),
+        ({"shared_heads": 1}, "shared_heads must be true or false, got 1"),
     ],
     ids=str,
 )
@@ -228,6 +278,9 @@ def test_flags_of_the_command_line():
     assert policy(
         "--policy novelty --cache-size 64 --recent-size 8 --chunk 7 --bands 2 --value-share 0.1"
     ) == SpectralNoveltyConfig(64, 4, 8, 7, 2, 0.1)
+    assert policy("--policy novelty --recency 0.5 --shared-heads") == SpectralNoveltyConfig(
+        recency=0.5, shared_heads=True
+    )
     assert policy("--policy knorm --chunk 7 --bands 2") == KeyNormConfig(chunk=7)
     assert policy("--policy h2o --chunk 7 --window 2") == H2OConfig(chunk=7)
     assert policy("--policy snapkv --window 2 --pool-size 3") == SnapKVConfig(window=2, pool_size=3)
