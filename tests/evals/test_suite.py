@@ -1,5 +1,7 @@
 """Suites: a YAML file into cells, and what is said of mistakes before anything runs."""
 
+import re
+
 import pytest
 
 import freqkv_jax as fk
@@ -144,6 +146,10 @@ def test_packaged_suites_are_whole(name):
         assert "--model is of no use" in str(error)
         got = read_suite(text, found, {}, [])
     assert got.output and got.cells
+    told = re.search(r"(\d+) cells of (\d+) policies", text)
+    if told:
+        policies = {cell.policy_name for cell in got.cells}
+        assert [int(number) for number in told.groups()] == [len(got.cells), len(policies)]
 
 
 def test_a_failing_cell_does_not_stop_the_others(monkeypatch):
