@@ -13,6 +13,7 @@ TASKS = {
     "longgenbench": "freqkv_jax.evals.longgenbench:LongGenBench",
     "cost": "freqkv_jax.evals.cost:Cost",
     "spectrum": "freqkv_jax.evals.spectrum:Spectrum",
+    "choices": "freqkv_jax.evals.choices:Choices",
     "lm-eval": "freqkv_jax.evals.lm_eval_task:LmEval",
 }
 SUMMARIES = {
@@ -23,6 +24,7 @@ SUMMARIES = {
     "longgenbench": "long answers that keep to a plan",
     "cost": "time and memory against length",
     "spectrum": "energy of keys and values over frequency",
+    "choices": "which tokens a policy keeps of a text, and for how long",
     "lm-eval": "tasks of the lm-eval harness",
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from freqkv_jax.evals import report_sections, report_spectrum
+from freqkv_jax.evals import report_choices, report_sections, report_spectrum
 from freqkv_jax.evals.report_blocks import (
     Block,
     Figure,
@@ -88,6 +88,8 @@ def _sections(runs: Sequence[Run], baseline: str | None) -> list[list[Block]]:
         mine = [run for run in runs if run.task == task]
         if task == "cost":
             sections.append(report_sections.cost_section(mine))
+        elif task == "choices":
+            sections.append(report_choices.section(mine))
         elif task == "spectrum":
             sections.append(report_spectrum.section(mine))
         else:
@@ -100,7 +102,7 @@ def _sections(runs: Sequence[Run], baseline: str | None) -> list[list[Block]]:
 
 
 def _task_order(task: str) -> tuple[int, str]:
-    last = {"cost": 98, "spectrum": 99}
+    last = {"choices": 97, "cost": 98, "spectrum": 99}
     return (ORDER.index(task) if task in ORDER else last.get(task, 50)), task
 
 
