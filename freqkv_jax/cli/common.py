@@ -81,7 +81,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "--retain-ratio",
         type=float,
         metavar="G",
-        help="share of the rest kept (freqkv, sink_window; default: 0.5)",
+        help="share of the rest kept (freqkv, freqkv_values, sink_window; default: 0.5)",
     )
     group.add_argument(
         "--compress-method",

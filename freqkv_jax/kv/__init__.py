@@ -1,6 +1,7 @@
 """Cache policies. Adding one: its file, and its import here."""
 
 from freqkv_jax.kv.freqkv import FreqKVConfig
+from freqkv_jax.kv.freqkv_values import FreqKVValuesConfig
 from freqkv_jax.kv.full import FullConfig
 from freqkv_jax.kv.h2o import H2OConfig
 from freqkv_jax.kv.knorm import KeyNormConfig
@@ -21,6 +22,7 @@ from freqkv_jax.kv.state import KVState
 __all__ = [
     "POLICIES",
     "FreqKVConfig",
+    "FreqKVValuesConfig",
     "FullConfig",
     "H2OConfig",
     "KVPolicy",

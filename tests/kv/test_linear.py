@@ -11,6 +11,7 @@ from jax.interpreters import partial_eval as pe
 from freqkv_jax import folding, spectral
 from freqkv_jax.kv import (
     FreqKVConfig,
+    FreqKVValuesConfig,
     KVPolicy,
     PairAverageConfig,
     SinkWindowConfig,
@@ -190,6 +191,31 @@ def test_pairs_become_their_means(kv):
     want = [*x[:4], *(x[pair].mean(axis=0) for pair in pairs), *x[end:]]
     assert_close(kv.shrink(jnp.asarray(x), 0, {}), want, COMPRESS)
     assert_close(kv.shrink(jnp.asarray(x.T), 1, {}), np.array(want).T, COMPRESS)
+
+
+@pytest.mark.parametrize(("recent", "ratio"), [(0, 0.5), (3, 0.4), (2, 0.8)])
+def test_values_are_filtered_and_keys_thinned_out(recent, ratio):
+    kv = FreqKVValuesConfig(21, 4, recent, ratio)
+    rng = np.random.default_rng(0)
+    k, v = (rng.normal(size=(1, 2, 21, 8)).astype(np.float32) for _ in range(2))
+    rotated = ROPE.rotate_slots(jnp.asarray(k))
+    got = kv.make_room(kv.init(1, 2, 8, jnp.float32)._replace(k=rotated, v=v), ROPE, arrays(kv))
+    # The entry nearest to the middle of each of L equal parts of the span, the newer one of two.
+    middles = [(i + 0.5) * kv.span / kv.keep - 0.5 for i in range(kv.keep)]
+    nearest = [min(range(kv.span), key=lambda t: (abs(t - m), -t)) for m in middles]
+    slots = [*range(4), *(4 + t for t in nearest), *range(21 - recent, 21)]
+    assert kv.kept_keys().tolist() == slots
+    want = ROPE.rotate_slots(jnp.asarray(k[:, :, slots]))
+    assert_close(got.k[:, :, : kv.prefix], want, COMPRESS)
+    np.testing.assert_array_equal(got.k[:, :, :4], rotated[:, :, :4])
+    plain = FreqKVConfig(21, 4, recent, ratio)
+    want = plain.shrink(jnp.asarray(v), 2, arrays(plain))
+    assert_close(got.v[:, :, : kv.prefix], want, COMPRESS)
+
+
+def test_every_second_key_is_kept():
+    assert FreqKVValuesConfig(12, 4).kept_keys().tolist() == [0, 1, 2, 3, 5, 7, 9, 11]
+    assert FreqKVValuesConfig(12, 4, 0, 0.0).kept_keys().tolist() == [0, 1, 2, 3]
 
 
 def test_pair_averaging_has_no_ratio():

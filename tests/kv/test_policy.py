@@ -11,6 +11,7 @@ from freqkv_jax.config import SHAPES
 from freqkv_jax.kv import (
     POLICIES,
     FreqKVConfig,
+    FreqKVValuesConfig,
     FullConfig,
     H2OConfig,
     KeyNormConfig,
@@ -32,6 +33,7 @@ from tests.tiny import tiny_config
 def test_the_registry():
     assert {
         "freqkv": FreqKVConfig,
+        "freqkv_values": FreqKVValuesConfig,
         "full": FullConfig,
         "h2o": H2OConfig,
         "knorm": KeyNormConfig,
@@ -176,7 +178,7 @@ def test_messages_of_the_registry():
     with pytest.raises(ValueError, match="no policy is named 'freqv'.*did you mean 'freqkv'"):
         policy_from_args("freqv")
     with pytest.raises(
-        ValueError, match="no policy is named None; allowed: freqkv, full, h2o, knorm"
+        ValueError, match="no policy is named None; allowed: freqkv, freqkv_values, full, h2o"
     ):
         policy_from_dict({"cache_size": 3})
     with pytest.raises(ValueError, match="has no field 'cachesize'; allowed: .*'cache_size'"):

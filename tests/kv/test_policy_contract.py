@@ -41,7 +41,8 @@ ALL = REGISTERED + OTHERS
 BOUNDED = [kv for kv in ALL if kv.capacity is not None]
 OWN_CHUNK_CACHES = [kv for kv in BOUNDED if type(kv).chunk_caches is not KVPolicy.chunk_caches]
 BY_ATTENTION = [kv for kv in REGISTERED if kv.needs]
-DEAR = {kv.name for kv in BY_ATTENTION}  # to compile; what other tests imply is slow for them
+# To compile, or nearly another policy: what other tests imply is slow for them.
+DEAR = {kv.name for kv in BY_ATTENTION} | {"freqkv_values"}
 
 
 def every(policies, slow=()):
