@@ -6,6 +6,7 @@ from freqkv_jax.kv.full import FullConfig
 from freqkv_jax.kv.h2o import H2OConfig
 from freqkv_jax.kv.knorm import KeyNormConfig
 from freqkv_jax.kv.novelty import SpectralNoveltyConfig
+from freqkv_jax.kv.novelty_true import TrueNoveltyConfig
 from freqkv_jax.kv.pair_average import PairAverageConfig
 from freqkv_jax.kv.policy import (
     POLICIES,
@@ -33,6 +34,7 @@ __all__ = [
     "SinkWindowConfig",
     "SnapKVConfig",
     "SpectralNoveltyConfig",
+    "TrueNoveltyConfig",
     "policy_from_args",
     "policy_from_dict",
     "policy_to_dict",

@@ -20,6 +20,7 @@ from freqkv_jax.kv import (
     RandomConfig,
     SnapKVConfig,
     SpectralNoveltyConfig,
+    TrueNoveltyConfig,
 )
 from freqkv_jax.kv.choosing import highest
 from freqkv_jax.kv.policy import Slots
@@ -96,6 +97,30 @@ def test_a_round_is_the_definition(kv):
             want = ROPE.rotate_slots(k[row, head, np.array(kept)])
             assert_close(got.k[row, head, : kv.prefix], want, COMPRESS)
             np.testing.assert_array_equal(got.v[row, head, : kv.prefix], v[row, head, kept])
+
+
+def test_true_positions_are_kept_round_after_round():
+    """The choice is novelty's; keys stay as they were rotated, and keep their bits."""
+    kv = TrueNoveltyConfig(*(getattr(KV, f.name) for f in dataclasses.fields(KV)))
+    chunk = KV.chunk
+    k, v = normal(1, 40 + 2 * chunk, 2, 8), normal(1, 40 + 2 * chunk, 2, 8, seed=1)
+    rotated = ROPE.rotate_tokens(k, jnp.arange(40 + 2 * chunk))
+    memory = kv.append(kv.init(1, 2, 8, jnp.float32), rotated[:, :40], v[:, :40], 0)
+    held = [list(range(40)) for _ in range(2)]
+    for number in range(2):
+        memory = kv.make_room(memory, ROPE, arrays(kv))
+        new = slice(40 + number * chunk, 40 + (number + 1) * chunk)
+        memory = kv.append(memory, rotated[:, new], v[:, new], kv.prefix)
+        middle = [np.array([x[0, held[h][3:32], h] for h in range(2)], np.float64) for x in (k, v)]
+        for head, chosen in enumerate(chosen_slowly(kv, *middle)):
+            kept = [
+                held[head][slot] for slot in [0, 1, 2, *(3 + t for t in chosen), *range(32, 40)]
+            ]
+            held[head] = kept + list(range(new.start, new.stop))
+            assert memory.place[0, head].tolist() == held[head]
+            np.testing.assert_array_equal(memory.k[0, head], rotated[0, held[head], head])
+            np.testing.assert_array_equal(memory.v[0, head], v[0, held[head], head])
+    assert memory.read.tolist() == [[40 + 2 * chunk] * 2]
 
 
 def test_a_large_recency_is_a_window_and_none_changes_nothing():
