@@ -25,13 +25,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="compare with this policy (its name or its label; default: one of equal bytes,"
         " sink_window first)",
     )
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=[],
+        metavar="POLICY",
+        help="only these (labels or names), for pictures with few curves (default: all)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the report and says where it is."""
     from freqkv_jax.evals.report import write_report
 
-    written = write_report(args.results, args.output, args.title, args.baseline)
+    written = write_report(args.results, args.output, args.title, args.baseline, args.policies)
     for path in written[-2:]:
         print(f"written           {path}")
     return 0

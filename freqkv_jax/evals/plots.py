@@ -109,9 +109,11 @@ def curves_figure(panels: Sequence[Panel]) -> bytes:
     """Panels side by side (two a row), with one legend."""
     across = min(2, len(panels))
     down = -(-len(panels) // across)
-    figure = new_figure(4.9 * across + (1.2 if across == 1 else 0.4), 3.7 * down + 0.5)
-    grid = figure.subplots(down, across, squeeze=False)
     styles = looks([curve for panel in panels for curve in panel.curves])
+    columns = 2 if across == 1 else 4
+    height = 3.7 * down + 0.5 + _more_for_legend(len(styles), columns)
+    figure = new_figure(4.9 * across + (1.2 if across == 1 else 0.4), height)
+    grid = figure.subplots(down, across, squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(axes, panel, styles)
     for axes in list(grid.flat)[len(panels) :]:
@@ -120,11 +122,15 @@ def curves_figure(panels: Sequence[Panel]) -> bytes:
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = 2 if across == 1 else 4
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=9
     )
     return png(figure)
+
+
+def _more_for_legend(entries: int, columns: int) -> float:
+    """Inches for the rows of a legend below the axes that a figure is not made for."""
+    return 0.19 * max(0, -(-entries // columns) - 4)
 
 
 def top_of(curves: Sequence[Curve]) -> float | None:
@@ -227,9 +233,10 @@ def points_figure(curves: Sequence[Curve], y_label: str, title: str) -> bytes:
     """Quality against bytes: a point a row; x in bytes, logarithmic."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure = new_figure(6.6, 4.4)
+    styles = looks(curves)
+    figure = new_figure(6.6, 4.4 + _more_for_legend(len(styles), 2))
     axes = figure.add_subplot()
-    for label, (colour, _, marker) in looks(curves).items():
+    for label, (colour, _, marker) in styles.items():
         mine = [curve for curve in curves if curve.label == label]
         x = [value for curve in mine for value in curve.x]
         y = [value for curve in mine for value in curve.y]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from freqkv_jax.evals import report_choices, report_sections, report_spectrum
+from freqkv_jax.evals import report_choices, report_sections, report_spectrum, report_trade
 from freqkv_jax.evals.report_blocks import (
     Block,
     Figure,
@@ -28,6 +28,7 @@ def write_report(
     folder: str | os.PathLike[str],
     title: str = "Results",
     baseline: str | None = None,
+    policies: Sequence[str] = (),
 ) -> list[Path]:
     """Writes report.md with its figures, and report.html, which holds them.
 
@@ -35,15 +36,16 @@ def write_report(
       paths: result files, or folders of them.
       baseline: the policy (its name or label) that others are compared with; None takes one of
         equal bytes, sink_window first.
+      policies: these alone (labels, or names in the registry); none given: all.
 
     Returns:
       The files written.
 
     Raises:
-      ValueError: no results, a file that is none, an unknown baseline. OSError. ImportError
-      without matplotlib.
+      ValueError: no results, a file that is none, an unknown baseline or policy. OSError.
+      ImportError without matplotlib.
     """
-    runs = load_runs(paths)
+    runs = _chosen(load_runs(paths), policies)
     blocks = build(runs, title, baseline)
     target = Path(folder)
     written = []
@@ -60,6 +62,17 @@ def write_report(
         write_text(target / name, text)
         written.append(target / name)
     return written
+
+
+def _chosen(runs: list[Run], policies: Sequence[str]) -> list[Run]:
+    """The runs of these policies; a suite's label goes before a name that all its kind have."""
+    labels, names = {r.policy_label for r in runs}, {r.policy_name for r in runs}
+    if unknown := sorted(set(policies) - labels - names):
+        there = sorted(labels | names)
+        raise ValueError(f"no result has the policies {unknown}; there are: {there}")
+    asked = set(policies)
+    chosen = [r for r in runs if r.policy_label in asked or r.policy_name in asked - labels]
+    return chosen if asked else runs
 
 
 def build(runs: Sequence[Run], title: str = "Results", baseline: str | None = None) -> list[Block]:
@@ -82,7 +95,7 @@ def build(runs: Sequence[Run], title: str = "Results", baseline: str | None = No
 
 
 def _sections(runs: Sequence[Run], baseline: str | None) -> list[list[Block]]:
-    sections = []
+    sections = [section] if (section := report_trade.section(runs)) else []
     tasks = sorted({run.task for run in runs}, key=_task_order)
     for task in tasks:
         mine = [run for run in runs if run.task == task]

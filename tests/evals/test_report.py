@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from freqkv_jax.cli import main
-from freqkv_jax.evals import report, report_sections, report_stats
+from freqkv_jax.evals import report, report_sections, report_stats, report_trade
 from freqkv_jax.evals.report_blocks import (
     Figure,
     Heading,
@@ -378,6 +378,55 @@ def test_packaged_suites_are_read(name):
     if name == "paper.yaml":
         assert {"longbench", "longgenbench"} <= tasks
     assert text.startswith("# ") and "Command:" in text and "Time:" in text
+
+
+def passkey(policy, nats, **more):
+    lengths = {128: nats, 512: nats + 2}
+    records = [
+        {"key": f"{n}/50/{i}", "length": n, "length_target": n, "nats_per_digit": x + i - 0.5,
+         "score": 0.0, "scores": {"greedy": 0.0}, "depth": 50}
+        for n, x in lengths.items() for i in range(2)
+    ]  # fmt: skip
+    return result("needle", policy, records, nats_per_digit=nats + 1, **more)
+
+
+def test_text_and_keys_in_one_picture(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report_trade, "trade_figure", lambda points: drawn.append(points) or b"x")
+    runs = runs_of(
+        *(perplexity(p, perplexity=MEANS[p]) for p in POLICIES),
+        *(perplexity(p, 256, perplexity=9.0) for p in ("full", "window")),
+        *(passkey(p, i + 1.0) for i, p in enumerate(POLICIES)),
+    )
+    heading, _, figure = report_trade.section(runs)
+    assert heading.text == "Text and keys" and figure.name == "trade_0"
+    assert "of 128 tokens, and nats a digit of a pass-key in texts of 128 tokens" in figure.caption
+    # The larger cache is left out; at 128 tokens, which both tests have, nats are not the mean.
+    (points,) = drawn
+    got = [(run.policy_name, x, round(y, 6)) for run, x, y in points]
+    assert got == [("full", 3.0, 1.0), ("freqkv", 3.2, 2.0), ("sink_window", 3.1, 3.0)]
+    assert report_trade.section(runs[:6]) == [] == report_trade.section(runs[:2] + runs[6:8])
+
+
+def test_names_of_points_do_not_meet():
+    runs = runs_of(*(perplexity(p) for p in POLICIES))
+    assert report_trade.trade_figure([(run, 3.0, 2.3) for run in runs]).startswith(b"\x89PNG")
+    assert report_trade._meet((0, 0, 2, 2), (1, 1, 3, 3))
+    assert not report_trade._meet((0, 0, 2, 2), (2, 0, 3, 3))
+
+
+def test_a_few_policies_of_many(tmp_path):
+    for policy in POLICIES:
+        label = {"config": {"policy_name": policy, "seq_len": 128}}
+        (tmp_path / f"{policy}.json").write_text(json.dumps(perplexity(policy, **label)))
+
+    def labels(*asked):
+        return sorted(r.policy_label for r in report._chosen(load_runs([tmp_path]), asked))
+
+    assert labels() == sorted(POLICIES)
+    assert labels("freqkv", "sink_window") == ["freqkv", "window"], "a label beats a name"
+    with pytest.raises(ValueError, match=r"no result has the policies \['novel'\]; there are: "):
+        report.write_report([tmp_path], tmp_path / "out", policies=["novel"])
 
 
 def test_means_are_those_of_the_records():
