@@ -27,7 +27,17 @@ LAYERS = {
         "hlo_text",
         "hlo",
     ],
-    "L1": ["kv.policy", "kv.state", "kv.linear", "kv.choosing", "kv.scored", "kv.*", "kv"],
+    "L1": [
+        "kv.policy",
+        "kv.state",
+        "kv.linear",
+        "kv.choosing",
+        "kv.scored",
+        "kv.freqkv",
+        "kv.novelty",
+        "kv.*",
+        "kv",
+    ],
     "L2": [
         "model.cudnn",
         "model.attention",
