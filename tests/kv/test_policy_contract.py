@@ -42,7 +42,7 @@ BOUNDED = [kv for kv in ALL if kv.capacity is not None]
 OWN_CHUNK_CACHES = [kv for kv in BOUNDED if type(kv).chunk_caches is not KVPolicy.chunk_caches]
 BY_ATTENTION = [kv for kv in REGISTERED if kv.needs]
 # To compile, or nearly another policy: what other tests imply is slow for them.
-DEAR = {kv.name for kv in BY_ATTENTION} | {"freqkv_values"}
+DEAR = {kv.name for kv in BY_ATTENTION} | {"freqkv_values", "novelty_true"}
 
 
 def every(policies, slow=()):

@@ -211,8 +211,7 @@ def part_gradients(q, k, v, out, log_sum, grad, is_causal):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
-@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize(("queries", "heads"), [(1, (4, 4)), (7, (6, 2))], ids=str)
 def test_parts_weighed_by_their_log_sums_are_the_whole(queries, heads, monkeypatch):
     """The recipe around cuDNN's kernels, forward and backward, with plain forms in their place."""
     monkeypatch.setattr(cudnn, "_part", part)
