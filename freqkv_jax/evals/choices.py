@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from freqkv_jax.evals.data import TokenStream, load_tokens
+from freqkv_jax.evals.data import stream_of
 from freqkv_jax.evals.kept import (
     agreement,
     by_bins,
@@ -66,7 +66,7 @@ class Choices:
 
     def items(self, engine: Engine) -> list[Item]:
         """The windows; ValueError for data, policy or sizes that do not fit one another."""
-        length, stream = self._length(engine), self._stream(engine)
+        length, stream = self._length(engine), stream_of(self, engine)
         slots = engine.model.kv.capacity
         if slots is not None and self.bins > slots:
             raise ValueError(f"--bins {self.bins} is more than the cache's {slots}; lower it")
@@ -87,7 +87,7 @@ class Choices:
 
     def describe(self, engine: Engine) -> dict[str, Any]:
         """The text."""
-        return self._stream(engine).describe()
+        return stream_of(self, engine).describe()
 
     def run(self, engine: Engine, batch: Sequence[Item]) -> list[Record]:
         """A record a window: what is left by place, round and layer, and how far heads agree."""
@@ -104,7 +104,7 @@ class Choices:
             last = left[-1]
         else:
             assert isinstance(kv, ChoosingPolicy)
-            window = self._stream(engine).tokens[start : start + self._length(engine)]
+            window = stream_of(self, engine).tokens[start : start + self._length(engine)]
             held = kept_places(engine.model, engine.params, np.asarray(window, np.int32))
             found = fates(kv, held, rounds)
             present = (found.present(number) for number in range(1, rounds + 1))
@@ -128,7 +128,7 @@ class Choices:
         except ValueError:
             return None
         first = (len(left) - length) // 2
-        ids = self._stream(engine).tokens[start + first : start + first + length]
+        ids = stream_of(self, engine).tokens[start + first : start + first + length]
         return {
             "from": first,
             "texts": [tokenizer.decode([int(token)]) for token in ids],
@@ -157,15 +157,6 @@ class Choices:
             "agreement": agree | {"chance": means.get("chance")},
             "table": {"columns": ["rounds gone through", "tokens since", "left"], "rows": rows},
         }  # fmt: skip
-
-    def _stream(self, engine: Engine) -> TokenStream:
-        held = self.__dict__  # the text is read once; a field would be an option
-        if "stream" not in held:
-            vocab = engine.model.config.vocab_size
-            held["stream"] = load_tokens(
-                self.data, vocab, self.token_dtype, lambda: engine.tokenizer
-            )
-        return held["stream"]
 
 
 def _agreement(means: dict[str, Any], kind: str) -> float | None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -58,6 +58,21 @@ class TokenStream:
         if self.offsets is not None:
             about["num_documents"] = len(self.offsets) - 1
         return about
+
+
+def stream_of(task: Any, engine: Any) -> TokenStream:
+    """The text of a task with the options data, token_dtype and, if it has it, add_bos; it is read
+    once. `engine`: of task.py, which is asked for the tokenizer where the file is text."""
+    held = task.__dict__  # a field would be an option
+    if "stream" not in held:
+        held["stream"] = load_tokens(
+            task.data,
+            engine.model.config.vocab_size,
+            task.token_dtype,
+            lambda: engine.tokenizer,
+            getattr(task, "add_bos", False),
+        )
+    return held["stream"]
 
 
 def load_tokens(

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from freqkv_jax.evals.data import (
-    TokenStream,
     document_windows,
     evenly,
-    load_tokens,
+    stream_of,
     window_starts,
 )
 from freqkv_jax.evals.task import Engine, Item, Record
@@ -81,7 +80,7 @@ class Perplexity:
 
     def _find_windows(self, engine: Engine) -> list[tuple[int | None, int, int]]:
         """(document, start, length) of each window."""
-        stream = self._stream(engine)
+        stream = stream_of(self, engine)
         if not self.documents:
             starts = window_starts(len(stream.tokens), self.seq_len, self.stride, self.max_windows)
             return [(None, start, self.seq_len) for start in starts]
@@ -95,25 +94,13 @@ class Perplexity:
             raise ValueError(f"--data {self.data} holds no document of two tokens or more")
         return [*evenly(windows, self.max_windows)]
 
-    def _stream(self, engine: Engine) -> TokenStream:
-        held = self.__dict__  # the text is read once; a field would be an option
-        if "stream" not in held:
-            held["stream"] = load_tokens(
-                self.data,
-                engine.model.config.vocab_size,
-                self.token_dtype,
-                lambda: engine.tokenizer,
-                self.add_bos,
-            )
-        return held["stream"]
-
     def describe(self, engine: Engine) -> dict[str, Any]:
         """The text."""
-        return self._stream(engine).describe()
+        return stream_of(self, engine).describe()
 
     def run(self, engine: Engine, batch: Sequence[Item]) -> list[Record]:
         """Losses of windows: the mean of a window's cross-entropies (nats), and by position."""
-        tokens, windows = self._stream(engine).tokens, self._windows(engine)
+        tokens, windows = stream_of(self, engine).tokens, self._windows(engine)
         chosen = [windows[int(item.key.rpartition("/")[2])] for item in batch]
         texts = [tokens[start : start + length].tolist() for _, start, length in chosen]
         scored = engine.log_probs([text[:1] for text in texts], [text[1:] for text in texts])
@@ -174,7 +161,7 @@ class Perplexity:
         return LITERAL_E**loss if self.base_literal else math.exp(loss)
 
     def _by_document(self, engine: Engine, records: Sequence[Record]) -> dict[str, Any]:
-        stream = self._stream(engine)
+        stream = stream_of(self, engine)
         offsets = stream.offsets
         assert offsets is not None
         rows = []

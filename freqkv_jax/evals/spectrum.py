@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from freqkv_jax import spectral
-from freqkv_jax.evals.data import TokenStream, load_tokens
+from freqkv_jax.evals.data import stream_of
 from freqkv_jax.evals.task import Engine, Item, Record
 from freqkv_jax.kv.linear import LinearPolicy
 from freqkv_jax.kv.policy import KVPolicy
@@ -59,7 +59,7 @@ class Spectrum:
 
     def items(self, engine: Engine) -> list[Item]:
         """The windows; ValueError for data, windows or bins that do not fit one another."""
-        stream, sink = self._stream(engine), _sink_size(engine.model.kv)
+        stream, sink = stream_of(self, engine), _sink_size(engine.model.kv)
         num_frequencies = self.seq_len - sink
         if num_frequencies < 2:
             raise ValueError(
@@ -82,11 +82,11 @@ class Spectrum:
 
     def describe(self, engine: Engine) -> dict[str, Any]:
         """The text."""
-        return self._stream(engine).describe()
+        return stream_of(self, engine).describe()
 
     def run(self, engine: Engine, batch: Sequence[Item]) -> list[Record]:
         """A record a window: its energies, packed."""
-        tokens, records = self._stream(engine).tokens, []
+        tokens, records = stream_of(self, engine).tokens, []
         for item in batch:
             start = int(item.key.split("/")[1])
             window = np.asarray(tokens[start : start + self.seq_len], np.int32)
@@ -127,15 +127,6 @@ class Spectrum:
                 ],
             },
         }
-
-    def _stream(self, engine: Engine) -> TokenStream:
-        held = self.__dict__  # the text is read once; a field would be an option
-        if "stream" not in held:
-            vocab = engine.model.config.vocab_size
-            held["stream"] = load_tokens(
-                self.data, vocab, self.token_dtype, lambda: engine.tokenizer
-            )
-        return held["stream"]
 
 
 def energies(model: Llama, params: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
