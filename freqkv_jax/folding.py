@@ -2,8 +2,8 @@
 
 On NVIDIA the sums are told to XLA in another way (the forms called `cuda`): joins and pads
 become branches in its kernels, which then load number by number. Places that are reckoned, and
-signs that are multiplied, load in wide words; one layer at 32K tokens so takes 0.25 the
-instructions (docs/performance.md). The gradients are those of the plain way.
+signs that are multiplied, load in wide words: 105 instructions for four numbers of a fold in place
+of 632 (docs/performance.md). The gradients are those of the plain way.
 """
 
 from collections.abc import Callable, Sequence

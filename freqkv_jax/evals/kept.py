@@ -13,7 +13,7 @@ from freqkv_jax.config import LlamaConfig
 from freqkv_jax.decode import prefill
 from freqkv_jax.kv.choosing import ChoosingPolicy
 from freqkv_jax.kv.linear import LinearPolicy
-from freqkv_jax.kv.policy import KVPolicy, Maps, Memory, write_slots
+from freqkv_jax.kv.policy import KVPolicy, Maps, Memory, write_places
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.rope import Rope
 
@@ -83,10 +83,7 @@ class WatchedPolicy(KVPolicy):
     ) -> Watched:
         """Stores the tokens, and their places."""
         inner = self.kv.append(memory.memory, k, v, fill, count, queries)
-        new = memory.read[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None, :, None]
-        place = write_slots(memory.place[..., None], new[..., None], fill, count)[..., 0]
-        more = jnp.int32(k.shape[1]) if count is None else count.astype(jnp.int32)[:, None]
-        return Watched(inner, place, memory.read + more)
+        return Watched(inner, *write_places(memory.place, memory.read, k.shape[1], fill, count))
 
     def view(self, memory: Watched) -> tuple[Array, Array]:
         """As `kv`."""

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv.novelty import SpectralNoveltyConfig
-from freqkv_jax.kv.policy import Maps, Slots, register, write_slots
+from freqkv_jax.kv.policy import Maps, Slots, register, write_places
 from freqkv_jax.rope import Rope
 
 
@@ -61,10 +61,8 @@ class TrueNoveltyConfig(SpectralNoveltyConfig):
     ) -> PlacedSlots:
         """Stores the tokens, and their places."""
         slots = super().append(Slots(memory.k, memory.v), k, v, fill, count)
-        new = memory.read[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None, :, None]
-        place = write_slots(memory.place[..., None], new[..., None], fill, count)[..., 0]
-        more = jnp.full_like(memory.read, k.shape[1]) if count is None else count[:, None]
-        return PlacedSlots(slots.k, slots.v, place, memory.read + more)
+        places = write_places(memory.place, memory.read, k.shape[1], fill, count)
+        return PlacedSlots(slots.k, slots.v, *places)
 
     def position(self, seen: Array, fill: Array) -> Array:
         """The token's place in the text."""

@@ -239,6 +239,18 @@ def write_slots(slots: Array, new: Array, fill: int | Array, count: Array | None
     return jnp.where(inside, jnp.take_along_axis(new, source, axis=2), slots)
 
 
+def write_places(
+    place: Array, read: Array, length: int, fill: int | Array, count: Array | None
+) -> tuple[Array, Array]:
+    """Beside `write_slots`: the places in the text of each slot's entry, and tokens read.
+
+    place: int32 [B, K, N]. read: int32 [B, K], before these `length` tokens.
+    """
+    new = read[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :, None]
+    place = write_slots(place[..., None], new[..., None], fill, count)[..., 0]
+    return place, read + (jnp.int32(length) if count is None else count.astype(jnp.int32)[:, None])
+
+
 def _write_token(slots: Array, new: Array, fill: Array, taken: Array | None, axis: int) -> Array:
     if taken is not None:
         old = jax.lax.dynamic_slice_in_dim(slots, fill, 1, axis=axis)

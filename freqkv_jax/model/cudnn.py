@@ -98,10 +98,9 @@ behind.defvjp(_forward, _backward)
 
 def _part(q: Array, k: Array, v: Array, is_causal: bool) -> tuple[Array, Array]:
     """Attention and its log-sum, float32 [B, H, T]. jax.nn's own rounds the latter to q's dtype."""
-    internals = _internals()
-    mask = internals.MaskType.CAUSAL if is_causal else internals.MaskType.NO_MASK
-    return internals.dot_product_attention(
-        q, k, v, scale=1 / math.sqrt(q.shape[-1]), mask_type=mask, return_residual=True
+    scale = 1 / math.sqrt(q.shape[-1])
+    return _internals().dot_product_attention(
+        q, k, v, scale=scale, mask_type=_mask(is_causal), return_residual=True
     )
 
 
@@ -109,8 +108,7 @@ def _part_gradients(
     q: Array, k: Array, v: Array, out: Array, log_sum: Array, grad: Array, is_causal: bool
 ) -> tuple[Array, Array, Array]:
     """What a part gives to the gradients of q, k, v, from the result and log-sum of the whole."""
-    internals = _internals()
-    mask = internals.MaskType.CAUSAL if is_causal else internals.MaskType.NO_MASK
+    internals, mask = _internals(), _mask(is_causal)
     absent = jnp.zeros(0, q.dtype)
     kept = (q, k, v, *[absent] * 7, log_sum, out)
     layout = internals.AttentionLayout.BTNH.value
@@ -119,6 +117,11 @@ def _part_gradients(
         scale, 0, 0.0, (False, False), mask, layout, None, version, False, kept, grad
     )
     return grads[0], grads[1], grads[2]
+
+
+def _mask(is_causal: bool) -> Any:
+    kinds = _internals().MaskType
+    return kinds.CAUSAL if is_causal else kinds.NO_MASK
 
 
 @functools.cache

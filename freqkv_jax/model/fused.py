@@ -75,7 +75,7 @@ def stored_as(params: Any) -> str | None:
 
 
 def pays(params: Any, batch: int) -> bool:
-    """Whether decoding `batch` texts gets faster by `fuse`: one text, on one GPU.
+    """Whether decoding `batch` texts takes fewer kernels by `fuse`: one text, on one GPU.
 
     On a CPU, which starts no kernels, it takes as long either way.
     """
