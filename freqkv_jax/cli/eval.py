@@ -132,6 +132,12 @@ def _add_suite_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="options of the suite's tasks, e.g. data=book.txt",
     )
+    group.add_argument(
+        "--only",
+        metavar="PATTERN,...",
+        help="cells whose names (of their result files) match, e.g. 'ruler-*,cost-*'; so a suite "
+        "can be spread over processes and machines",
+    )
     group.add_argument("--model", metavar="PATH", help=MODEL_HELP)
     group.add_argument("--adapter", metavar="DIR", help="PEFT adapter directory (LoRA)")
     group.add_argument("--dtype", choices=DTYPES)
@@ -190,6 +196,8 @@ def _run_suite(args: argparse.Namespace) -> int:
     flags = {n: getattr(args, n) for n in suite.RUN_FLAGS if getattr(args, n) is not None}
     text, name = suite.find_suite(args.suite)
     found = suite.read_suite(text, name, flags, args.set)
+    if args.only is not None:
+        found = suite.select(found, args.only)
     folder = args.output or found.output
     if not folder:
         raise ValueError(f"{name} names no folder for its results; give --output FOLDER")

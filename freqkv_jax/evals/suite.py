@@ -1,5 +1,6 @@
 """Suites: a YAML file of tasks, models, policies and options, a result file for each cell."""
 
+import fnmatch
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -217,6 +218,21 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(_word, value))
     return Path(value).stem if isinstance(value, str) else str(value)
+
+
+def select(suite: Suite, only: str) -> Suite:
+    """The cells whose names match one of the patterns (*, ?, [...]), separated by commas.
+
+    Raises:
+      ValueError: a pattern that matches none.
+    """
+    patterns = [word.strip() for word in only.split(",")]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in suite.cells):
+            known = [cell.name for cell in suite.cells]
+            raise ValueError(f"--only {pattern!r} matches no cell" + nearest(pattern, known))
+    chosen = (c for c in suite.cells if any(fnmatch.fnmatchcase(c.name, p) for p in patterns))
+    return Suite(suite.output, tuple(chosen))
 
 
 def _check_names(name: str, cells: Sequence[Cell]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import freqkv_jax as fk
 from freqkv_jax.evals import suite as module
 from freqkv_jax.evals.options import option_values
-from freqkv_jax.evals.suite import find_suite, headline, read_suite, run_cells
+from freqkv_jax.evals.suite import find_suite, headline, read_suite, run_cells, select
 from tests.evals.fakes import FakeTask
 
 TEXT = """
@@ -57,6 +57,18 @@ def test_one_model_that_is_not_named():
     (one,) = cells("runs: [{task: cost}]", {"model": "models/tiny.gguf"}).cells
     assert one.name == "cost-freqkv" and one.model_name == "tiny"
     assert one.kv == fk.FreqKVConfig()
+
+
+def test_a_part_of_the_cells():
+    whole = cells()
+    got = select(whole, "needle-*, perplexity-plain-full-seq_len64-data?")
+    assert got.output == whole.output
+    assert {c.name for c in got.cells} == {c.name for c in whole.cells if c.name[0] == "n"} | {
+        "perplexity-plain-full-seq_len64-dataa",
+        "perplexity-plain-full-seq_len64-datab",
+    }
+    with pytest.raises(ValueError, match=r"'needel-\*' matches no cell"):
+        select(whole, "perplexity-*,needel-*")
 
 
 def test_the_command_line_wins():
