@@ -18,10 +18,11 @@ from typing import Any
 
 import yaml
 
-from freqkv_jax.evals.suite import find_suite
+from freqkv_jax.evals.suite import Suite, find_suite, read_suite
 from freqkv_jax.files import write_text
 from freqkv_jax.kv.policy import policy_from_dict
 
+CHOICES = "cache_study_choices"
 WITHIN = 1.005  # of the best perplexity
 SIZES = ("recent_size", "chunk")
 LINE = re.compile(r"^(  )([\w.-]+)(: )\{(policy: [^}]*)\}", re.MULTILINE)
@@ -46,13 +47,15 @@ def variant_of(name: str) -> str | None:
     return next((kind for kind in kinds if name == kind or name.startswith(f"{kind}-")), None)
 
 
-def measured(folder: Path, name: str) -> tuple[float, float]:
+def measured(folder: Path, suite: Suite, policy: str) -> tuple[float, float]:
     """Perplexity and nats a digit of one setting."""
     found = []
     for task, key in (("perplexity", "perplexity"), ("needle", "nats_per_digit")):
-        path = folder / f"{task}-{name}.json"
+        # The first run of each task; others are of a few settings, for an open question.
+        cell = next(c for c in suite.cells if (c.task.name, c.policy_name) == (task, policy))
+        path = folder / f"{cell.name}.json"
         if not path.is_file():
-            raise SystemExit(f"{path} is not there: run the suite cache_study_choices to its end")
+            raise SystemExit(f"{path} is not there: run the suite {CHOICES} to its end")
         found.append(float(json.loads(path.read_text(encoding="utf-8"))[key]))
     return found[0], found[1]
 
@@ -94,11 +97,12 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("suite", type=Path)
     args = parser.parse_args()
-    candidates = yaml.safe_load(find_suite("cache_study_choices")[0])["policies"]
+    text, _ = find_suite(CHOICES)
+    suite = read_suite(text, CHOICES, {"model": "MODEL"})
     groups: dict[str, dict[str, tuple[Settings, float, float]]] = {}
-    for name, policy in candidates.items():
+    for name, policy in yaml.safe_load(text)["policies"].items():
         if (group := kind(name, policy)) is not None:
-            groups.setdefault(group, {})[name] = (policy, *measured(args.results, name))
+            groups.setdefault(group, {})[name] = (policy, *measured(args.results, suite, name))
     chosen = {}
     for group, rows in groups.items():
         pick = choose(rows)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from freqkv_jax.evals.suite import find_suite
+from freqkv_jax.evals.suite import find_suite, read_suite
 from tests.scripts import load_script
 
 NOW = (
@@ -19,10 +19,11 @@ NOW = (
 
 def run(folder, monkeypatch, measured):
     """The suite that is written where `measured` has (perplexity, nats) of what is not (20, 2)."""
-    for name in yaml.safe_load(find_suite("cache_study_choices")[0])["policies"]:
-        perplexity, nats = measured.get(name, (20.0, 2.0))
-        (folder / f"perplexity-{name}.json").write_text(json.dumps({"perplexity": perplexity}))
-        (folder / f"needle-{name}.json").write_text(json.dumps({"nats_per_digit": nats}))
+    text, name = find_suite("cache_study_choices")
+    for cell in read_suite(text, name, {"model": "M"}).cells:
+        perplexity, nats = measured.get(cell.policy_name, (20.0, 2.0))
+        result = {"perplexity": perplexity, "nats_per_digit": nats}
+        (folder / f"{cell.name}.json").write_text(json.dumps(result))
     monkeypatch.setattr(sys, "argv", ["choose", str(folder), str(folder / "out.yaml")])
     load_script("choose_settings").main()
     return (folder / "out.yaml").read_text()
