@@ -6,11 +6,12 @@ from pathlib import Path
 
 # All are read when jax starts, so they come before the first import of it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most programs of the tests run once: LLVM's work on them is a third of the whole suite's time.
-for _flag, _value in (
-    ("--xla_force_host_platform_device_count", 8),
-    ("--xla_backend_optimization_level", 0),
-):
+_flags = {"--xla_force_host_platform_device_count": 8}
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most programs of the tests run once: LLVM's work on them is a third of the whole suite's time.
+    # (A GPU's kernels are LLVM's, too, and would crawl.)
+    _flags["--xla_backend_optimization_level"] = 0
+for _flag, _value in _flags.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 # One thread a worker for torch and BLAS: the workers share the cores.
