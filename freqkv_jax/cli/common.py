@@ -95,13 +95,13 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         help="entries freed in a round (policies that choose; default: an eighth of the cache)",
     )
     group.add_argument(
-        "--bands", type=int, metavar="B", help="frequencies of the low-pass (novelty; default: 16)"
+        "--bands", type=int, metavar="B", help="frequencies of the low-pass (novelty; default: 4)"
     )
     group.add_argument(
         "--value-share",
         type=float,
         metavar="V",
-        help="share of the chosen entries that the values choose (novelty; default: 1/3)",
+        help="share of the chosen entries that the values choose (novelty; default: 0)",
     )
     group.add_argument(
         "--recency",

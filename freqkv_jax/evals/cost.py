@@ -97,6 +97,7 @@ class _Stopwatch:
 
     def record(self) -> Record:
         task, kv, length = self.task, self.model.kv, self.length
+        before = _peak_memory()["peak_bytes"]
         begin = time.perf_counter()
         state, logits = self._read(0)[1:]  # compiles
         state, logits = self._write(state, logits)[1:]
@@ -112,6 +113,7 @@ class _Stopwatch:
             kv_measured = max(kv_measured, state.nbytes)
         steps, _ = self._one_by_one(state, logits, task.single_steps)
         again = float(np.median(reads) + np.median(writes))
+        peak = _peak_memory()
         window = self.model.config.max_position_embeddings
         return {
             "tokens_read": length,
@@ -125,7 +127,8 @@ class _Stopwatch:
             "kv_bytes_measured": kv_measured,
             "kv_bytes_reckoned": task.rows
             * kv.kv_bytes(self.model.config, self.model.dtype, self.total),
-            **_peak_memory(),
+            **peak,
+            "peak_is_of_earlier": peak["peak_bytes"] is not None and peak["peak_bytes"] == before,
             "compile_s": max(0.0, first - again),
             "beyond_native_window": kv.capacity is None and self.total > window,
         }
@@ -249,6 +252,7 @@ COLUMNS = (
 
 def _table_row(row: Record) -> list[str]:
     peak = row["peak_bytes"]
+    at_most = "<= " if row["peak_is_of_earlier"] else ""
     values = (
         f"{row['tokens_read']:,}",
         _number(row["first_token_s"]),
@@ -261,7 +265,7 @@ def _table_row(row: Record) -> list[str]:
         "-" if row["decode_tokens_per_s"] is None else f"{row['decode_tokens_per_s']:,.1f}",
         f"{row['kv_bytes_measured'] / MIB:,.4g}",
         f"{row['kv_bytes_reckoned'] / MIB:,.4g}",
-        "-" if peak is None else f"{peak / MIB:,.0f}",
+        "-" if peak is None else f"{at_most}{peak / MIB:,.0f}",
         f"{row['compile_s']:.1f}",
     )
     mark = " (beyond the native window)" if row["beyond_native_window"] else ""

@@ -123,16 +123,17 @@ def map_figure(data: dict[str, Any]) -> bytes:
     return png(figure)
 
 
-def _norm() -> Any:
+def share_norm() -> Any:
+    """Colours of shares: small ones are many, and differ."""
     from matplotlib.colors import PowerNorm
 
-    return PowerNorm(0.5, vmin=0, vmax=1)  # small shares are many, and differ
+    return PowerNorm(0.5, vmin=0, vmax=1)
 
 
 def _shares(axes: Any, values: np.ndarray, extent: tuple[float, ...]) -> Any:
     axes.set_facecolor(NOT_READ)
     return axes.imshow(
-        values, cmap=COLOURS_OF_SHARES, norm=_norm(), aspect="auto", extent=extent,
+        values, cmap=COLOURS_OF_SHARES, norm=share_norm(), aspect="auto", extent=extent,
         interpolation="nearest",
     )  # fmt: skip
 
@@ -162,7 +163,7 @@ def excerpt_figure(texts: Sequence[str], left: Sequence[float]) -> bytes:
     axes.set_xlim(0, LINE)
     axes.set_ylim(lines, 0)
     axes.set_axis_off()
-    norm, colours = _norm(), colormaps[COLOURS_OF_SHARES]
+    norm, colours = share_norm(), colormaps[COLOURS_OF_SHARES]
     for line, column, word, share in places:
         # Light enough for black letters: three quarters of the map at most.
         colour = colours(0.75 * float(norm(share)))

@@ -174,7 +174,8 @@ def _bytes_figure(comparison: Comparison) -> bytes | None:
         if size:
             y = comparison.metric.value(cells[column].mean)
             curves.append(Curve(row, [size], [y], is_full=cells[column].run.policy_name == "full"))
-    if len(curves) < 2:
+    sizes = [curve.x[0] for curve in curves]
+    if len(curves) < 2 or max(sizes) <= 1.02 * min(sizes):  # equal bytes are no axis
         return None
     title = "" if column == "all" else f"{column} tokens"
     return points_figure(curves, comparison.metric.title, title)
@@ -243,9 +244,17 @@ def cost_section(runs: Sequence[Run]) -> list[Block]:
 
 
 def _device(run: Run) -> str:
+    """What a table of costs is of: times of other devices, or of more texts, are not beside it."""
     about = run.data.get("device") or {}
     dtype = run.config.get("dtype", "unknown dtype")
-    return f"{about.get('kind', 'unknown device')}, {dtype}"
+    rows = max((cost.get("rows", 1) for cost in run.data.get("costs") or []), default=1)
+    texts = f", {rows} texts at once" if rows > 1 else ""
+    return f"{about.get('kind', 'unknown device')}, {dtype}{texts}"
+
+
+def _own_peak(cost: dict) -> float | None:
+    """The peak of memory, None if the process had held as much before."""
+    return None if cost.get("peak_is_of_earlier") else cost.get("peak_bytes")
 
 
 def _cost_on(device: str, runs: Sequence[Run], name: str) -> list[Block]:
@@ -272,7 +281,7 @@ def _cost_on(device: str, runs: Sequence[Run], name: str) -> list[Block]:
         ("time to first token (s)", lambda c: c.get("first_token_s"), False),
         ("ms a token written", lambda c: c.get("ms_per_token"), False),
         ("keys and values (bytes, measured)", lambda c: c.get("kv_bytes_measured"), True),
-        (f"peak memory{whose} so far (bytes)", lambda c: c.get("peak_bytes"), True),
+        (f"peak memory{whose} so far (bytes)", _own_peak, True),
     )
     panels = []
     for title, value, is_bytes in measures:

@@ -266,6 +266,22 @@ def test_unlike_settings_stand_in_tables_of_their_own():
     assert titles.count("Perplexity of long text") == 1, "lengths are columns"
 
 
+def test_costs_of_more_texts_at_once_stand_apart(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report_sections, "curves_figure", lambda panels: drawn.append(panels))
+
+    def cost(rows, peak, earlier):
+        one = {"tokens_read": 64, "rows": rows, "first_token_s": 1.0, "peak_bytes": peak,
+               "peak_of": "device", "peak_is_of_earlier": earlier}  # fmt: skip
+        return result("cost", "freqkv", [one], costs=[one])
+
+    blocks = report.build(runs_of(cost(1, 7, False), cost(16, 7, True)))
+    titles = [block.text for block in blocks if isinstance(block, Heading) and block.level == 3]
+    assert len(titles) == 2 and titles[1] == f"{titles[0]}, 16 texts at once"
+    # A peak that an earlier run of the process reached is not this run's.
+    assert [sum("peak" in panel.y_label for panel in panels) for panels in drawn] == [1, 0]
+
+
 # Files
 
 

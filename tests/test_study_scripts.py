@@ -1,7 +1,8 @@
-"""The rule of scripts/choose_settings.py, on made-up results."""
+"""Scripts of the cache study: how its settings were chosen, and the README's picture of it."""
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,12 +10,7 @@ import yaml
 from freqkv_jax.evals.suite import find_suite, read_suite
 from tests.scripts import load_script
 
-NOW = (
-    "B1-v0",
-    "B16-v0",
-    "B16",
-    *(f"{p}-Q256" for p in ("window", "random", "knorm", "snapkv", "h2o")),
-)
+MEASURED = Path(__file__).parent.parent / "docs" / "results" / "smollm2_cache_study" / "choices"
 
 
 def run(folder, monkeypatch, measured):
@@ -29,9 +25,10 @@ def run(folder, monkeypatch, measured):
     return (folder / "out.yaml").read_text()
 
 
-def test_the_settings_that_stand_there_leave_the_suite_as_it_is(tmp_path, monkeypatch):
-    got = run(tmp_path, monkeypatch, dict.fromkeys(NOW, (20.0, 1.5)))
-    assert got == find_suite("cache_study")[0]
+def test_the_packaged_suite_has_the_settings_that_were_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["choose", str(MEASURED), str(tmp_path / "out.yaml")])
+    load_script("choose_settings").main()
+    assert (tmp_path / "out.yaml").read_text() == find_suite("cache_study")[0]
 
 
 def test_the_rule(tmp_path, monkeypatch, capsys):
@@ -51,6 +48,7 @@ def test_the_rule(tmp_path, monkeypatch, capsys):
         "recent_size": 512,
         "chunk": 256,
         "bands": 4,
+        "value_share": 1 / 3,
     }
     assert got["novelty"] == novelty
     assert got["novelty-512"] == novelty | {"cache_size": 512, "recent_size": 128, "chunk": 64}
@@ -70,3 +68,11 @@ def test_results_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["choose", str(tmp_path), str(tmp_path / "out.yaml")])
     with pytest.raises(SystemExit, match="run the suite"):
         load_script("choose_settings").main()
+
+
+def test_the_picture_of_what_is_kept(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "kept.png"
+    monkeypatch.setattr(sys, "argv", ["keep", str(MEASURED.parent / "results"), str(file)])
+    load_script("what_policies_keep").main()
+    assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 20_000
