@@ -45,6 +45,7 @@ LAYERS = {
         "model.self_attention",
         "model.scan",
         "model.flash_decode",
+        "model.matvec",
         "model.fused",
         "model.llama",
         "model.*",

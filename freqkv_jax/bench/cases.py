@@ -183,7 +183,7 @@ def _decode(model: Llama, batch: int, length: int, weights: str | None) -> Case:
         shape = (batch, model.config.vocab_size)
         logits = jax.random.normal(jax.random.key(1), shape)
         state = _with_fill(random_state(model, batch, length), start)
-        # As fk.fuse gives them, which callers ask for; both copies are held.
+        # As `freqkv generate` has them, which frees the plain ones; here both copies are held.
         if weights is not None or pays(params, batch):
             params = fuse(params, weights=weights)
         return Program(decode, (_variables(model, params), state, logits), following, (1, 2))

@@ -28,33 +28,44 @@ TILE = 16  # rows that a tensor core takes at least: a kv head's queries and zer
 
 
 def attend_one(
-    q: Float[Array, "H D"], k: Float[Array, "K N D"], v: Float[Array, "K N D"], fill: Int[Array, ""]
+    q: Float[Array, "R D"],
+    k: Float[Array, "K N D"],
+    v: Float[Array, "K N D"],
+    fill: Int[Array, ""],
+    num_heads: int,
 ) -> Float[Array, "H D"]:
-    """`attend_cache` for one query at slot `fill`; the platform decides when it is lowered."""
+    """`attend_cache` for one query at slot `fill`; the platform decides when it is lowered.
+
+    The queries are the first `num_heads` rows of q: cutting them out would be a kernel of its own.
+    """
 
     def plain(q: Array, k: Array, v: Array, fill: Array) -> Array:
-        return attend_cache(q[None, None], k[None], v[None], fill)[0, 0]
+        return attend_cache(q[None, None, :num_heads], k[None], v[None], fill)[0, 0]
 
-    special = {"cuda": flash} if suits(q, k) and triton and cudnn.present() else {}
+    kernel = functools.partial(flash, num_heads=num_heads)
+    special = {"cuda": kernel} if suits(num_heads, q, k) and triton and cudnn.present() else {}
     return jax.lax.platform_dependent(q, k, v, fill, default=plain, **special)
 
 
-def suits(q: Array, k: Array) -> bool:
+def suits(num_heads: int, q: Array, k: Array) -> bool:
     """Whether the kernel takes these: half precision (float32 would be rounded), even blocks."""
     heads, slots, dim = k.shape
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and dim in (64, 128, 256) and slots % BLOCK == 0 and q.shape[0] <= TILE * heads
+    return half and dim in (64, 128, 256) and slots % BLOCK == 0 and num_heads <= TILE * heads
 
 
-def flash(q: Array, k: Array, v: Array, fill: Array, interpret: bool = False) -> Array:
-    """Partial averages of each kv head and run of slots, and a second kernel that merges them."""
+def flash(
+    q: Array, k: Array, v: Array, fill: Array, num_heads: int, interpret: bool = False
+) -> Array:
+    """Partial averages of each kv head and run of slots, and a second kernel that merges them.
+
+    Shapes as in `attend_one`; the result has q's dtype.
+    """
     heads, slots, dim = k.shape
-    groups, blocks = q.shape[0] // heads, slots // BLOCK
+    groups, blocks = num_heads // heads, slots // BLOCK
     runs = 1
     while blocks % (2 * runs) == 0 and heads * runs < PROGRAMS:
         runs *= 2
-    q = q.reshape(heads, groups, dim)
-    q = jnp.pad(q, ((0, 0), (0, TILE - groups), (0, 0)))
     call = functools.partial(pl.pallas_call, interpret=interpret)
     if triton and not interpret:
         params = triton.CompilerParams(num_warps=4, num_stages=3)
@@ -67,7 +78,7 @@ def flash(q: Array, k: Array, v: Array, fill: Array, interpret: bool = False) ->
         grid=(heads, runs),
         in_specs=[
             pl.BlockSpec((1,), lambda head, run: (0,)),
-            pl.BlockSpec((None, TILE, dim), lambda head, run: (head, 0, 0)),
+            pl.BlockSpec((groups, dim), lambda head, run: (head, 0)),
             a_run,
             a_run,
         ],
@@ -117,7 +128,9 @@ def _average(
     size = k_ref.shape[0]
     start = pl.program_id(1) * size
     last = fill_ref[0]
-    q = q_ref[...]
+    rows = jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    real, some = rows < groups, pl.ds(0, TILE)
+    q = triton.load(q_ref.at[some, :], mask=real[:, None], other=0)
 
     def block(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         average, top, total = carry
@@ -131,13 +144,10 @@ def _average(
         average = average * kept[:, None] + triton.dot(weights.astype(values.dtype), values)
         return average, new_top, total * kept + jnp.sum(weights, axis=1)
 
-    rows, dim = q.shape
-    zeros = jnp.zeros((rows,), jnp.float32)
-    carry = jnp.zeros((rows, dim), jnp.float32), jnp.full((rows,), -1e30, jnp.float32), zeros
+    zeros = jnp.zeros((TILE,), jnp.float32)
+    carry = jnp.zeros(q.shape, jnp.float32), jnp.full((TILE,), -1e30, jnp.float32), zeros
     live = jnp.clip((last - start) // BLOCK + 1, 0, size // BLOCK)
     average, top, total = jax.lax.fori_loop(0, live, block, carry)
-    real = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < groups
-    some = pl.ds(0, rows)
     triton.store(average_ref.at[some, :], average, mask=real[:, None])
     triton.store(top_ref.at[some], top, mask=real)
     triton.store(total_ref.at[some], total, mask=real)

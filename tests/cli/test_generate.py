@@ -3,10 +3,12 @@
 import io
 import sys
 
+import jax
 import pytest
 
 import freqkv_jax as fk
 from freqkv_jax.cli import main
+from freqkv_jax.model import fused
 
 CACHE = ["--cache-size", "32"]
 PROMPT = "Once upon a time there was a cache that was never full. "
@@ -41,6 +43,22 @@ def test_int8_weights(capsys, model_folder):
     prompt = tokenizer.encode(PROMPT, add_special_tokens=True)
     (ids,) = fk.generate(model, fk.fuse(params, weights="int8"), [prompt], 5)
     assert got.out == tokenizer.decode(ids) + "\n"
+
+
+def test_weights_are_fused_where_that_pays(capsys, model_folder, monkeypatch):
+    flags = ["--model", model_folder, "--prompt", PROMPT, "--max-new-tokens", "12", *CACHE]
+    given = []
+    fuse = fk.fuse
+    monkeypatch.setattr(
+        fk, "fuse", lambda params, **how: given.append(params) or fuse(params, **how)
+    )
+    want = generate(capsys, *flags, "--ignore-eos").out
+    assert not given  # a CPU starts no kernels
+    monkeypatch.setattr(fused, "pays", lambda params, batch: batch == 1)
+    assert generate(capsys, *flags, "--ignore-eos").out == want
+    (plain,) = given
+    kernels = [leaf for leaf in jax.tree.leaves(plain["layers_0"]) if leaf.ndim > 1]
+    assert len(kernels) == 7 and all(leaf.is_deleted() for leaf in kernels)
 
 
 def test_words_come_as_they_are_made(model_folder, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import freqkv_jax as fk
+from freqkv_jax.model import fused
 from freqkv_jax.model.attention import attend, attend_behind, attend_cache
 from freqkv_jax.model.flash_decode import attend_one
 from freqkv_jax.model.llama import REMAT
@@ -148,11 +149,42 @@ def test_the_kernel_of_one_query_is_the_plain_form(shape):
     q, k, v, _ = qkv(1, 1, slots, heads, kv_heads, dim)
     q, k, v = q[0, 0], jnp.swapaxes(k[0], 0, 1), jnp.swapaxes(v[0], 0, 1)
     narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    assert "xla.gpu.triton" in jax.jit(attend_one).lower(*narrow, jnp.int32(5)).as_text()
+    one = jax.jit(attend_one, static_argnums=4)
+    assert "xla.gpu.triton" in one.lower(*narrow, jnp.int32(5), heads).as_text()
     for fill in (0, 63, 64, 1000, slots - 1):
         want = attend_cache(q[None, None], k[None], v[None], jnp.int32(fill))[0, 0]
-        got = jax.jit(attend_one)(*narrow, jnp.int32(fill))
+        got = one(*narrow, jnp.int32(fill), heads)
         assert rel_l2(got.astype(jnp.float32), want) < 0.01
+
+
+# Those of SmolLM2-135M and of Llama-2-7B: gate with up, and down.
+@pytest.mark.parametrize(("width", "hidden"), [(576, 1536), (4096, 11008)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_of_one_row_are_the_plain_form(width, hidden, dtype):
+    config, pairs = tiny_config(), (1, 2, hidden)
+    rng = np.random.default_rng(0)
+
+    def rows(out, size):
+        made = jnp.asarray(rng.normal(size=(out, size)) / size**0.5, dtype)
+        return {"rows": made}
+
+    norm = {"scale": jnp.asarray(rng.normal(size=width), dtype)}
+    x, gate_up, down = rows(1, width)["rows"][0], rows(2 * hidden, width), rows(width, hidden)
+
+    def products(x, norm, gate_up, down):
+        hidden = fused._normed_pairs(x, norm, config, gate_up, pairs, fused._gated).reshape(-1)
+        return hidden, fused._plus(x, down, hidden)
+
+    def plain(x, norm, gate_up, down):
+        gate, up = fused._normed_products(x, norm, config, gate_up, pairs)
+        hidden = fused._gated(gate, up)[0].reshape(-1)
+        return hidden, fused._plus_product(x.astype(jnp.float32), down, hidden)
+
+    args = x, norm, gate_up, down
+    assert jax.jit(products).lower(*args).as_text().count("xla.gpu.triton") == 2
+    for got, want in zip(jax.jit(products)(*args), jax.jit(plain)(*args), strict=True):
+        assert got.dtype == x.dtype
+        assert rel_l2(got.astype(jnp.float32), want) < (0.01 if dtype == "bfloat16" else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -30,9 +30,10 @@ def plain(q, k, v, fill):
 )
 def test_it_is_the_plain_form(heads, kv_heads, slots):
     q, k, v = inputs(heads, kv_heads, 64, slots)
-    flash = jax.jit(flash_decode.flash, static_argnames="interpret")
+    flash = jax.jit(flash_decode.flash, static_argnames=("num_heads", "interpret"))
+    rows = jnp.concatenate([q, jnp.full((2 * kv_heads, 64), 1e4)])  # what lies behind the queries
     for fill in (0, BLOCK - 1, BLOCK, BLOCK + 7, slots - 1):
-        got = flash(q, k, v, jnp.int32(fill), interpret=True)
+        got = flash(rows, k, v, jnp.int32(fill), heads, interpret=True)
         assert_close(got, plain(q, k, v, jnp.int32(fill)), PRIMITIVE)
 
 
@@ -40,12 +41,12 @@ def test_half_precision_and_dead_slots():
     q, k, v = inputs(4, 2, 128, 4 * BLOCK, "bfloat16")
     q = 40 * q  # scores whose exponential is more than a float holds
     fill = jnp.int32(70)
-    got = flash_decode.flash(q, k, v, fill, interpret=True)
+    got = flash_decode.flash(q, k, v, fill, 4, interpret=True)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     assert got.dtype == jnp.bfloat16
     assert rel_l2(got.astype(jnp.float32), plain(*wide, fill)) < BF16_PRIMITIVE_REL_L2
     dirty = [x.at[:, 71:].set(1e4) for x in (k, v)]
-    np.testing.assert_array_equal(got, flash_decode.flash(q, *dirty, fill, interpret=True))
+    np.testing.assert_array_equal(got, flash_decode.flash(q, *dirty, fill, 4, interpret=True))
 
 
 @pytest.mark.parametrize(
@@ -62,12 +63,14 @@ def test_what_it_takes(shape, dtype, taken, monkeypatch):
     """Traced only: lowering for a GPU needs to know one."""
     monkeypatch.setattr(cudnn, "present", lambda: True)
     q, k, v = inputs(*shape, dtype)
-    made = str(jax.make_jaxpr(lambda *a: flash_decode.attend_one(*a))(q, k, v, jnp.int32(5)))
+    made = str(
+        jax.make_jaxpr(lambda *a: flash_decode.attend_one(*a, shape[0]))(q, k, v, jnp.int32(5))
+    )
     assert bool(re.search(r"pallas_call", made)) == taken
 
 
 def test_a_cpu_runs_the_plain_form(monkeypatch):
     monkeypatch.setattr(cudnn, "present", lambda: True)
-    q, k, v = inputs(4, 2, 64, 2 * BLOCK, "bfloat16")
-    got = jax.jit(lambda *a: flash_decode.attend_one(*a))(q, k, v, jnp.int32(5))
-    np.testing.assert_array_equal(got, jax.jit(plain)(q, k, v, jnp.int32(5)))
+    rows, k, v = inputs(8, 2, 64, 2 * BLOCK, "bfloat16")
+    got = jax.jit(lambda *a: flash_decode.attend_one(*a, 4))(rows, k, v, jnp.int32(5))
+    np.testing.assert_array_equal(got, jax.jit(plain)(rows[:4], k, v, jnp.int32(5)))

@@ -7,7 +7,7 @@ import pytest
 
 import freqkv_jax as fk
 from freqkv_jax.kv.policy import policy_from_args
-from freqkv_jax.model import fused
+from freqkv_jax.model import cudnn, fused
 from tests.tiny import random_params, random_tokens, tiny_config
 from tests.tolerances import BF16_REL_L2, LOGITS, assert_close, rel_l2
 
@@ -92,12 +92,47 @@ def test_a_fused_tree_is_decoded_by_the_form_for_one_token(monkeypatch):
     assert_close(found[1][1], found[0][1], LOGITS)
 
 
-def test_what_fuse_gives_and_takes():
+def test_decode_by_the_kernels_of_a_gpu(monkeypatch):
+    """Interpreted: that every product is given what it is to be made of."""
+    model, plain, tree = both(kv=fk.FreqKVConfig(20, 4))  # a model that no other test has traced
+    logits, state = fk.prefill(model, plain, random_tokens(model.config, 1, 18))
+    want, want_logits, _ = fk.decode(model, plain, jax.tree.map(jnp.copy, state), logits, 9)
+    calls = []
+
+    def interpreted(kernel):
+        return lambda *args: calls.append(kernel) or kernel(*args, interpret=True)
+
+    for name in ("normed_pairs", "plus_product"):
+        monkeypatch.setattr(fused.matvec, name, interpreted(getattr(fused.matvec, name)))
+    monkeypatch.setattr(fused, "_by_triton", lambda linear: True)
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, default, cuda=None: (cuda or default)(*args)
+    )
+    got, got_logits, _ = fk.decode(model, tree, state, logits, 9)
+    assert len(calls) % (4 * model.config.num_layers) == 0 and calls
+    assert got.tolist() == want.tolist()
+    assert_close(got_logits, want_logits, LOGITS)
+
+
+def test_what_fuse_gives_and_when_it_pays(monkeypatch):
     _, plain, tree = both()
     assert fk.fuse(tree) is tree and fused.is_fused(tree) and not fused.is_fused(plain)
     assert tree["embed"] is plain["embed"] and tree["lm_head"] is plain["lm_head"]
     assert sum(map(np.size, jax.tree.leaves(tree))) == sum(map(np.size, jax.tree.leaves(plain)))
-    assert not fused.pays(plain, 1)  # on a CPU
+    assert not fused.pays(plain, 1)  # on a CPU, also beside a GPU
+    monkeypatch.setattr(cudnn, "present", lambda: True)
+    assert not fused.pays(plain, 1)
+    # Trees that lie nowhere yet are for the default device.
+    nowhere = jax.eval_shape(lambda: plain)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert fused.pays(nowhere, 1)
+    assert not fused.pays(nowhere, 2) and not fused.pays(jax.eval_shape(lambda: tree), 1)
+    monkeypatch.setattr(cudnn, "present", lambda: False)  # a GPU that is not NVIDIA's
+    assert not fused.pays(nowhere, 1)
+
+
+def test_what_donate_frees():
+    _, plain, tree = both()
     kernel = plain["layers_1"]["mlp"]["up"]["kernel"]
     again = fk.fuse(plain, donate=True)
     assert kernel.is_deleted() and not plain["norm"]["scale"].is_deleted()
