@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from freqkv_jax.compile_options import once_a_call
+from freqkv_jax.compile_options import once_a_call, reading
 
 
 def mesh_on(platform):
@@ -14,7 +14,8 @@ def mesh_on(platform):
 
 
 def test_elsewhere_nothing_is_set():
-    assert once_a_call() is None and once_a_call(mesh_on("tpu")) is None  # type: ignore[arg-type]
+    for options in (once_a_call, reading):
+        assert options() is None and options(mesh_on("tpu")) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("platform", ["gpu", "cuda"])
@@ -23,7 +24,8 @@ def test_no_graphs_on_nvidia(platform, monkeypatch):
     assert options == {"xla_gpu_graph_min_graph_size": 1_000_000}
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert once_a_call() == options
-    # XLA knows the name here too, and refuses others.
-    assert jax.jit(lambda x: x + 1, compiler_options=options)(1.0) == 2.0
+    assert reading() == options | {"xla_gpu_enable_triton_gemm": False}
+    # XLA knows the names here too, and refuses others.
+    assert jax.jit(lambda x: x + 1, compiler_options=reading())(1.0) == 2.0
     with pytest.raises(Exception, match="xla_gpu_no_such_option"):
         jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no_such_option": 1})(1.0)

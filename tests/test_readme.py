@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import freqkv_jax as fk
 from freqkv_jax import readme
 from freqkv_jax.kv import POLICIES
 from tests.model_folder import write_model_folder
@@ -88,7 +89,7 @@ def test_command_rewrites_the_table(tmp_path, capsys):
 
 
 def test_readme_has_what_the_tests_look_for():
-    assert len(blocks("python")) == 1 and len(RUNS) >= 5
+    assert len(blocks("python")) == 2 and len(RUNS) >= 5
     assert {"make demo", "make test"} <= set(INSTALLS)
 
 
@@ -126,10 +127,17 @@ def test_command_runs(line, place, capsys):
 
 
 def test_python_runs(place, capsys):
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) == 10
     exec(compile(code, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+def test_every_policy_is_one_line():
+    _, code = blocks("python")
+    policies = [eval(line, {"fk": fk}) for line in code.splitlines()]
+    assert [policy.name for policy in policies] == ["full", "sink_window", "freqkv", "novelty"]
+    assert {policy.capacity for policy in policies[1:]} == {2048}
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"])

@@ -15,7 +15,7 @@ from freqkv_jax import programs
 from freqkv_jax.bench import amounts
 from freqkv_jax.bench.amounts import Amount
 from freqkv_jax.bench.timing import Program
-from freqkv_jax.compile_options import once_a_call
+from freqkv_jax.compile_options import reading
 from freqkv_jax.decode import prefill as read_texts
 from freqkv_jax.kv import FreqKVConfig, FullConfig, KVState
 from freqkv_jax.kv.policy import KVPolicy
@@ -141,7 +141,7 @@ def _forward(model: Llama, batch: int, length: int) -> Case:
             return args[0], random_tokens(model, batch, length, index)
 
         first = (_variables(model, params), random_tokens(model, batch, length, 0))
-        return Program(forward, first, following, options=once_a_call())
+        return Program(forward, first, following, options=reading())
 
     amount = amounts.forward(model.config, model.kv, model.dtype, batch, length)
     return Case("forward", model, batch, length, batch * length, 1, amount, build)
@@ -238,7 +238,7 @@ def _compress(model: Llama, batch: int, length: int) -> Case:
             maps, memory, k, v, seen = args
             return maps, memory, v, k, seen
 
-        return Program(compress, first, following, options=once_a_call())
+        return Program(compress, first, following, options=reading())
 
     amount = amounts.compress(c, kv, dtype, batch, rounds)
     tokens = rounds * kv.chunk
@@ -281,7 +281,7 @@ def _attention(model: Llama, batch: int, length: int) -> Case:
         def following(index: int, *_: Any) -> Any:
             return inputs(index)
 
-        return Program(attention, inputs(0), following, options=once_a_call())
+        return Program(attention, inputs(0), following, options=reading())
 
     amount = amounts.attention(c, kv, dtype, batch, length)
     return Case("attention", model, batch, length, batch * length, 1, amount, build)
