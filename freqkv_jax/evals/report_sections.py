@@ -25,6 +25,7 @@ TITLES = {
     "longbench": "LongBench",
     "longgenbench": "LongGenBench",
 }
+MANY = 16  # curves that a picture takes, with eight colours
 GUESSING = math.log(10)  # nats a digit of who knows nothing
 COLUMN_OPTIONS = ("seq_len", "lengths", "min_length", "max_length", "step")
 # Of a result's top level, what a task's own table must say besides (a dot goes one level down).
@@ -75,6 +76,8 @@ def _comparison(comparison: Comparison, name: str) -> list[Block]:
         blocks.append(Lines(verdicts))
     if not comparison.metric.has_plots:
         return blocks
+    if len(comparison.cells) > MANY:
+        return [*blocks, _too_many(len(comparison.cells))]
     title = comparison.metric.title
     if len(comparison.columns) > 1:
         caption = f"{title} against length, with standard errors"
@@ -85,6 +88,12 @@ def _comparison(comparison: Comparison, name: str) -> list[Block]:
         at = "" if at == "all" else f" at {at} tokens"
         blocks.append(Figure(f"{name}_bytes", f"{title} against bytes{at}", points))
     return blocks
+
+
+def _too_many(count: int) -> Block:
+    return Paragraph(
+        f"No curves: {count} cannot be told apart. `freqkv report --policies A B ...` draws a few."
+    )
 
 
 def _by_rounds(comparison: Comparison) -> Table | None:
@@ -195,6 +204,8 @@ def _positions(runs: Sequence[Run], name: str) -> list[Block]:
         curves.append(Curve(label, x, y, is_full=run.policy_name == "full"))
     if not curves:
         return []
+    if len(curves) > MANY:
+        return [_too_many(len(curves))]
     curves.sort(key=lambda curve: (not curve.is_full, curve.label))
     panel = Panel(
         curves, "tokens read before, up to", "perplexity in the range (lower is better)",

@@ -12,6 +12,7 @@ from freqkv_jax.evals import report, report_sections, report_stats, report_trade
 from freqkv_jax.evals.report_blocks import (
     Figure,
     Heading,
+    Paragraph,
     Table,
     bytes_text,
     to_html,
@@ -280,6 +281,16 @@ def test_costs_of_more_texts_at_once_stand_apart(monkeypatch):
     assert len(titles) == 2 and titles[1] == f"{titles[0]}, 16 texts at once"
     # A peak that an earlier run of the process reached is not this run's.
     assert [sum("peak" in panel.y_label for panel in panels) for panels in drawn] == [1, 0]
+
+
+def test_more_curves_than_can_be_told_apart_are_not_drawn():
+    named = [perplexity("freqkv", config={"policy_name": f"own-{i:02}"}) for i in range(17)]
+    for many in (16, 17):
+        blocks = report.build(runs_of(*named[:many]))
+        drawn = [block.name for block in blocks if isinstance(block, Figure)]
+        told = [b.text for b in blocks if isinstance(b, Paragraph) and "cannot be told" in b.text]
+        assert bool(told) == (many == 17) and ("perplexity_position" in drawn) == (many == 16)
+        assert all("No curves: 17" in text for text in told)
 
 
 # Files
