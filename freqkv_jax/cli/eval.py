@@ -4,6 +4,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from freqkv_jax.cli.common import (
@@ -254,10 +255,27 @@ class _SuiteRunner:
             force=self.args.force,
             note=note,
         )
+
+        def engine(model: Any, params: Any) -> ModelEngine:
+            model = model if cell.kv is None else model.clone(kv=cell.kv)
+            return ModelEngine(model, params, lambda: self._tokenizer(path), batch_size)
+
+        if self.key != cell.model_key and Path(output).is_file():
+            # What is done already needs no weights.
+            found = drive.finished(cell.task, engine(self._shape(flags), {}), settings)
+            if found is not None:
+                return found
         self._load(cell, flags)
-        model = self.model if cell.kv is None else self.model.clone(kv=cell.kv)
-        engine = ModelEngine(model, self.params, lambda: self._tokenizer(path), batch_size)
-        return drive.run_task(cell.task, engine, settings)
+        return drive.run_task(cell.task, engine(self.model, self.params), settings)
+
+    def _shape(self, flags: dict[str, Any]) -> Any:
+        """The model without its weights."""
+        import freqkv_jax as fk
+        from freqkv_jax.weights import read_config
+
+        config, remembered = read_config(flags["model"])
+        policy = remembered or fk.FreqKVConfig()
+        return fk.Llama(config, policy, flags.get("dtype") or default_dtype())
 
     def _tokenizer(self, path: str) -> Any:
         import freqkv_jax as fk

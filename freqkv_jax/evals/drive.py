@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -70,15 +71,10 @@ def run_task(task: Task, engine: Engine, run: Run) -> dict[str, Any]:
         check_output(run.output)
     items = limited(task.items(engine), run.limit)
     data = task.describe(engine)
-    identity = _identity(task, engine, run, data)
-    run_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    if run.output:
-        found = finished_result(run.output, run_id, run.force)
-        if found is not None:
-            run.note(f"{run.output} holds this run's result already (--force measures it again)")
-            if jax.process_index() == 0:  # a kill may have come between the result and this
-                ledger_path(run.output).unlink(missing_ok=True)
-            return found
+    identity, run_id = _identity(task, engine, run, data)
+    found = _found(run, run_id)
+    if found is not None:
+        return found
     run.note(f"{task.name}: {len(items)} items of {_span([item.length for item in items])} tokens")
     path = ledger_path(run.output) if run.output else None
     ledger = Ledger(path, identity, run.force)
@@ -139,8 +135,36 @@ def _span(lengths: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _identity(task: Task, engine: Engine, run: Run, data: dict[str, Any]) -> dict[str, Any]:
-    """What must agree for records to belong together. A batch size changes no result."""
+def finished(task: Task, engine: Engine, run: Run) -> dict[str, Any] | None:
+    """The result of a run that ended before, None if there is none.
+
+    Args:
+      engine: its model and tokenizer are looked at, weights it need not have.
+
+    Raises:
+      ValueError, OSError: as `run_task`.
+    """
+    if not run.output or run.force or not Path(run.output).is_file():
+        return None
+    return _found(run, _identity(task, engine, run, task.describe(engine))[1])
+
+
+def _found(run: Run, run_id: str) -> dict[str, Any] | None:
+    if not run.output:
+        return None
+    found = finished_result(run.output, run_id, run.force)
+    if found is not None:
+        run.note(f"{run.output} holds this run's result already (--force measures it again)")
+        if jax.process_index() == 0:  # a kill may have come between the result and this
+            ledger_path(run.output).unlink(missing_ok=True)
+    return found
+
+
+def _identity(
+    task: Task, engine: Engine, run: Run, data: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """What must agree for records to belong together, and its digest. A batch size changes no
+    result."""
     about = describe_model(engine.model)
     fingerprint = model_fingerprint(run.model_path)
     identity = {
@@ -157,7 +181,9 @@ def _identity(task: Task, engine: Engine, run: Run, data: dict[str, Any]) -> dic
         "dtype": about["dtype"],
         "data": data,
     }
-    return json.loads(json.dumps(identity, allow_nan=False))
+    identity = json.loads(json.dumps(identity, allow_nan=False))
+    text = json.dumps(identity, sort_keys=True)
+    return identity, hashlib.sha256(text.encode()).hexdigest()
 
 
 def _config(task: Task, engine: Engine, run: Run) -> dict[str, Any]:

@@ -169,7 +169,7 @@ runs:
 """
 
 
-def test_suite(bare_folder, tokens, tmp_path, capsys):
+def test_suite(bare_folder, tokens, tmp_path, capsys, monkeypatch):
     (tmp_path / "my.yaml").write_text(SUITE)
     words = ["eval", "--suite", str(tmp_path / "my.yaml"), "--model", bare_folder, "--output",
              str(tmp_path / "results"), "--set", f"data={tmp_path / 'tokens.bin'}"]  # fmt: skip
@@ -188,9 +188,17 @@ def test_suite(bare_folder, tokens, tmp_path, capsys):
     assert "nothing compressed" in table["perplexity-tiny-full-seq_len60"]
     assert "failed: the data holds 110 tokens" in table["long-tiny-full"]
     before = [file.read_bytes() for file in files]
-    assert main(words) == 1
+    # What is done needs no weights; the cell that failed comes last.
+    monkeypatch.setattr("freqkv_jax.load_pretrained", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(words)
     assert capsys.readouterr().err.count("holds this run's result already") == 2
+    assert main([*words, "--only", "perplexity-*"]) == 0
     assert [file.read_bytes() for file in files] == before
+    with pytest.raises(ZeroDivisionError):
+        main([*words, "--only", "perplexity-*", "--force"])
+    assert main([*words, "--only", "needle-*"]) == 2
+    assert "'needle-*' matches no cell" in capsys.readouterr().err
 
 
 USAGE = {
