@@ -297,7 +297,8 @@ def _cost_on(device: str, runs: Sequence[Run], name: str) -> list[Block]:
     panels = []
     for title, value, is_bytes in measures:
         curves = [c for c in (curve(run, value) for run in runs) if len(c.x)]
-        if curves:
+        # Peaks that not every run has of its own would compare what cannot be compared.
+        if curves and (value is not _own_peak or len(curves) == len(runs)):
             panels.append(Panel(curves, "tokens read", title, log_y=True, bytes_y=is_bytes))
     blocks: list[Block] = [Heading(3, device)]
     if rows:
