@@ -277,7 +277,7 @@ def run_peers(
     request = {
         "config": config.to_hf(),
         "lengths": lengths,
-        "batch": args.batch,
+        "batch": 1 if args.batch is None else args.batch,
         "dtype": args.dtype,
         "repeats": args.repeats,
         "works": [work for work in works if work in ("forward", "decode")],
