@@ -25,7 +25,9 @@ from freqkv_jax.kv.policy import policy_from_dict
 CHOICES = "cache_study_choices"
 WITHIN = 1.005  # of the best perplexity
 SIZES = ("recent_size", "chunk")
-LINE = re.compile(r"^(  )([\w.-]+)(: )\{(policy: [^}]*)\}", re.MULTILINE)
+BASELINES = ("window", "random", "knorm", "snapkv", "h2o")
+KINDS = ("novelty-v0", "novelty", "keydiff", *BASELINES)  # longer names before what begins them
+LINE = re.compile(r"^  ([\w.-]+): (\{policy: [^}]*\})", re.MULTILINE)
 Settings = dict[str, Any]
 
 
@@ -33,7 +35,7 @@ def kind(name: str, policy: Settings) -> str | None:
     """The row of the study that a policy is a candidate for, or a variant of."""
     if policy["policy"] != "novelty":
         first = name.split("-")[0]
-        return first if first in ("window", "random", "knorm", "snapkv", "h2o") else None
+        return first if first in BASELINES else None
     if "recency" in policy or "shared_heads" in policy:
         return None  # open questions, held against the choice
     if policy.get("value_share") != 0:
@@ -43,8 +45,7 @@ def kind(name: str, policy: Settings) -> str | None:
 
 def variant_of(name: str) -> str | None:
     """The choice that a policy of the study is made with."""
-    kinds = ("novelty-v0", "novelty", "keydiff", "window", "random", "knorm", "snapkv", "h2o")
-    return next((kind for kind in kinds if name == kind or name.startswith(f"{kind}-")), None)
+    return next((kind for kind in KINDS if f"{name}-".startswith(f"{kind}-")), None)
 
 
 def measured(folder: Path, suite: Suite, policy: str) -> tuple[float, float]:
@@ -84,9 +85,8 @@ def applied(name: str, policy: Settings, chosen: Settings) -> Settings:
 
 def flow(settings: Settings) -> str:
     """A mapping as YAML writes it on one line."""
-    return (
-        "{" + ", ".join(f"{k}: {yaml.safe_dump(v).split()[0]}" for k, v in settings.items()) + "}"
-    )
+    items = (f"{key}: {yaml.safe_dump(value).split()[0]}" for key, value in settings.items())
+    return f"{{{', '.join(items)}}}"
 
 
 def main() -> None:
@@ -112,11 +112,11 @@ def main() -> None:
             print(f"{group:11} {name:14} {perplexity:8.3f} {nats:7.3f} nats/digit {mark}")
 
     def line(match: re.Match[str]) -> str:
-        name, policy = match[2], yaml.safe_load("{" + match[4] + "}")
+        name, policy = match[1], yaml.safe_load(match[2])
         variant = variant_of(name)
         if variant is None:
             return match[0]
-        return f"{match[1]}{name}{match[3]}{flow(applied(name, policy, chosen[variant]))}"
+        return f"  {name}: {flow(applied(name, policy, chosen[variant]))}"
 
     write_text(args.suite, LINE.sub(line, find_suite("cache_study")[0]))
     print(f"written {args.suite}")

@@ -80,10 +80,8 @@ def main() -> None:
 
 def _pass_keys(needle: dict[str, Any]) -> float:
     """Per cent of the pass-keys of the longest texts that greedy decoding would write."""
-    lengths = needle["grid"]["lengths"]
-    return float(
-        100 * np.mean(needle["grid"]["metrics"]["greedy"]["values"], axis=0)[len(lengths) - 1]
-    )
+    by_length = np.mean(needle["grid"]["metrics"]["greedy"]["values"], axis=0)
+    return float(100 * by_length[-1])
 
 
 if __name__ == "__main__":
