@@ -5,6 +5,7 @@ policy's map (as folded); bytes are each input read once and each result written
 else a program does is its own loss.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -55,6 +56,19 @@ def prefill(config: LlamaConfig, kv: KVPolicy, dtype: str, batch: int, length: i
     state = batch * kv.kv_bytes(config, dtype, length)
     weights = jnp.dtype(dtype).itemsize * num_weights(config, head=True)
     return Amount(base.useful_flops + logits, base.map_flops, weights + state)
+
+
+def layer(config: LlamaConfig, kv: KVPolicy, dtype: str, batch: int, length: int) -> Amount:
+    """One layer forward and backward, gradients of its input and of all its weights.
+
+    Backward is twice the forward's FLOPs, once the map's. Bytes: weights read twice, their
+    gradients and the input's written, both hidden states and the result's gradient read.
+    """
+    config = dataclasses.replace(config, num_layers=1)
+    once = forward(config, kv, dtype, batch, length)
+    hidden = jnp.dtype(dtype).itemsize * batch * length * config.hidden_size
+    weights = once.num_bytes - hidden
+    return Amount(3 * once.useful_flops, 2 * once.map_flops, 3 * weights + 4 * hidden)
 
 
 def decode(

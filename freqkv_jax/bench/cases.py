@@ -15,18 +15,18 @@ from freqkv_jax import programs
 from freqkv_jax.bench import amounts
 from freqkv_jax.bench.amounts import Amount
 from freqkv_jax.bench.timing import Program
-from freqkv_jax.compile_options import reading
+from freqkv_jax.compile_options import once_a_call, reading
 from freqkv_jax.decode import prefill as read_texts
 from freqkv_jax.kv import FreqKVConfig, FullConfig, KVState
 from freqkv_jax.kv.policy import KVPolicy
 from freqkv_jax.kv.state import empty_state
 from freqkv_jax.model.attention import attend, attend_behind
 from freqkv_jax.model.fused import fuse, pays
-from freqkv_jax.model.llama import Llama
+from freqkv_jax.model.llama import Block, Llama, row_padding
 from freqkv_jax.reading import placed_maps
 from freqkv_jax.sampling import Draw, Sampling
 
-WORKS = ("forward", "prefill", "decode", "compress", "attention")
+WORKS = ("forward", "prefill", "decode", "compress", "attention", "layer")
 CHUNKS = (2, 14, 62)  # behind the cache's first filling, where no lengths are given
 FULL_STEPS = 256  # that a full cache decodes; it has no rounds to average over
 
@@ -287,8 +287,36 @@ def _attention(model: Llama, batch: int, length: int) -> Case:
     return Case("attention", model, batch, length, batch * length, 1, amount, build)
 
 
+def _layer(model: Llama, batch: int, length: int) -> Case:
+    """One layer, forward and backward: gradients of its input and of all its weights."""
+    dtype = model.dtype
+    block = Block(model.config, model.kv, dtype, model.attention)
+    rows = length + row_padding(length, dtype)
+
+    def layer(params: Any, maps: Any, x: Array, grad: Array) -> Any:
+        def run(params: Any, x: Array) -> Array:
+            return block.apply({"params": params}, x, model.rope, maps, length)  # pyright: ignore[reportReturnType]
+
+        return jax.vjp(run, params, x)[1](grad)
+
+    def build(params: Any) -> Program:
+        def following(_: int, args: tuple[Any, ...], __: Any) -> tuple[Any, ...]:
+            params, maps, x, grad = args
+            return params, maps, grad, x
+
+        shape = (batch, rows, model.config.hidden_size)
+        x, grad = (_normal(shape, dtype, seed) for seed in (1, 2))
+        maps = placed_maps(model.kv, None)["kv"]
+        first = (params["layers_0"], maps, x, grad)
+        return Program(layer, first, following, options=once_a_call())
+
+    amount = amounts.layer(model.config, model.kv, dtype, batch, length)
+    return Case("layer", model, batch, length, batch * length, 1, amount, build)
+
+
 _MAKERS = {
     "forward": _forward,
+    "layer": _layer,
     "prefill": _prefill,
     "attention": _attention,
 }

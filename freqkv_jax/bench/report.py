@@ -1,9 +1,10 @@
 """Running cases into rows of plain data, and rows into a table."""
 
+import dataclasses
 import fnmatch
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import jax
 
 from freqkv_jax.bench.cases import Case
 from freqkv_jax.bench.ceilings import Ceilings
-from freqkv_jax.bench.timing import OverBudgetError, Program, Timing, measure, measure_host
+from freqkv_jax.bench.timing import (
+    OverBudgetError,
+    Program,
+    Timing,
+    compile_program,
+    measure,
+    measure_host,
+    program_bytes,
+)
+from freqkv_jax.reading import placed_maps
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -51,15 +61,19 @@ def run_cases(
       on_row: called with each row as soon as it is there.
     """
     rows = []
-    for case in cases:
-        if only and not any(fnmatch.fnmatch(case.name, p.strip()) for p in only.split(",")):
-            continue
+    for case in _chosen(cases, only):
         row = _run(case, params, ceilings, repeats, deadline, profile)
         rows.append(row)
         on_row(row)
         # What the case held must be gone before the next one makes its arrays.
         gc.collect()
     return rows
+
+
+def _chosen(cases: Iterable[Case], only: str | None) -> Iterator[Case]:
+    for case in cases:
+        if not only or any(fnmatch.fnmatch(case.name, p.strip()) for p in only.split(",")):
+            yield case
 
 
 def _run(
@@ -86,6 +100,35 @@ def _run(
             raise
         return _about(case) | {"skipped": "does not fit the device's memory"}
     return make_row(case, timing, ceilings, peak_bytes())
+
+
+def compile_cases(
+    cases: Iterable[Case],
+    params: Callable[[], Any],
+    only: str | None = None,
+    on_row: Callable[[Row], Any] = lambda row: None,
+) -> list[Row]:
+    """`run_cases` without running: each program compiled from shapes; `params` gives theirs."""
+    rows = []
+    for case in _chosen(cases, only):
+        rows.append(_compile(case, params()))
+        on_row(rows[-1])
+    return rows
+
+
+def _compile(case: Case, params: Any) -> Row:
+    built: list[Any] = []
+
+    def arguments(params: Any) -> Any:
+        built.append(case.build(params))
+        return built[0].first if isinstance(built[0], Program) else None
+
+    placed_maps(case.model.kv, None)  # kept for good: it must not meet a tracer first
+    first = jax.eval_shape(arguments, params)
+    if first is None:
+        return _about(case) | {"skipped": "many programs, driven from the host: run it"}
+    compiled, seconds = compile_program(dataclasses.replace(built[0], first=first))
+    return _about(case) | {"compile_seconds": seconds, "program_bytes": program_bytes(compiled)}
 
 
 def _about(case: Case) -> Row:

@@ -83,9 +83,7 @@ def measure(
       ValueError: too few repeats. OverBudgetError: judging by the first call.
     """
     check_repeats(repeats)
-    begin = time.perf_counter()
-    compiled = _lower(program).compile()
-    compile_seconds = time.perf_counter() - begin
+    compiled, compile_seconds = compile_program(program)
     args, out = program.first, None
 
     def call(index: int) -> float:
@@ -105,7 +103,14 @@ def measure(
     if trace is not None:
         with jax.profiler.trace(trace):
             call(repeats + 1)
-    return Timing(tuple(seconds), compile_seconds, _program_bytes(compiled))
+    return Timing(tuple(seconds), compile_seconds, program_bytes(compiled))
+
+
+def compile_program(program: Program) -> tuple[Any, float]:
+    """The compiled program and how long compiling took; its arguments may be shapes."""
+    begin = time.perf_counter()
+    compiled = _lower(program).compile()
+    return compiled, time.perf_counter() - begin
 
 
 def _lower(program: Program) -> Any:
@@ -153,7 +158,8 @@ def _check_budget(seconds: float, calls: int, deadline: float | None) -> None:
         )
 
 
-def _program_bytes(compiled: Any) -> int | None:
+def program_bytes(compiled: Any) -> int | None:
+    """Arguments, results and temporaries; None where the compiler does not say."""
     stats = compiled.memory_analysis()
     if stats is None:
         return None

@@ -31,6 +31,7 @@ prefill    texts into a state, as fk.prefill drives it
 decode     ms a token over a whole round, its compression included
 compress   the cache recurrence of one layer: all chunks' caches
 attention  one layer's attention, its caches given
+layer      one layer forward and backward: gradients of its input and all its weights
 all        all of these
 train      an optimizer step of a training config (--config), its state donated, on random tokens"""
 EPILOG = """\
@@ -96,6 +97,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Hugging Face torch on the same shape, first (needs torch and transformers)",
     )
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="compile each case from shapes and time nothing: with JAX_COMPILATION_CACHE_DIR set,"
+        " several processes can make ready what one then times",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures, after every row")
     parser.add_argument("--profile", metavar="DIR", help="write a trace of one more call a case")
     add_weights_argument(parser, "decode")
@@ -129,36 +136,37 @@ def run(args: argparse.Namespace) -> int:
         result.check_output(args.json)
     task = training_task(args) if args.work == "train" else model_task(args)
 
-    note(f"measuring this device's matmul rate ({task.dtype}) and copy bandwidth")
-    from freqkv_jax.bench.ceilings import measure_ceilings
-
-    ceilings = measure_ceilings(task.dtype)
     record: dict[str, Any] = result.environment(args.command_line) | {
         "model": task.model,
         "num_params": task.config.num_params,
         "num_layers": task.config.num_layers,
         "weights": args.weights or task.dtype,  # of decode
         "kv": policy_to_dict(task.kv),
-        "ceilings": {
-            "flops_per_s": ceilings.flops_per_s,
-            "bytes_per_s": ceilings.bytes_per_s,
-            "dtype": task.dtype,
-            "matmul_side": ceilings.sizes.matmul_side,
-            "copy_bytes": 4 * ceilings.sizes.copy_elements,
-        },
+        "dtype": task.dtype,
         "rows": [],
         "peers": task.peers,
     }
 
     def on_row(row: dict[str, Any]) -> None:
         record["rows"].append(row)
-        note(f"  {row['case']}: {row.get('skipped') or format(row['ms'], '.4g') + ' ms'}")
+        note(f"  {row['case']}: {_told(row)}")
         if args.json:
             result.write_result(args.json, record)
 
-    rows = report.run_cases(
-        task.cases, task.params, ceilings, args.repeats, deadline, args.only, args.profile, on_row
-    )
+    if args.compile_only:
+        rows = report.compile_cases(task.cases, task.params, args.only, on_row)
+    else:
+        ceilings = _ceilings(task.dtype, record)
+        rows = report.run_cases(
+            task.cases,
+            task.params,
+            ceilings,
+            args.repeats,
+            deadline,
+            args.only,
+            args.profile,
+            on_row,
+        )
     if not rows:
         raise ValueError(f"no case of {args.work} is called {args.only or 'anything here'!r}")
     print("\n".join(heading(record, describe_policy(task.kv), args.repeats)))
@@ -168,6 +176,28 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(f"\nwritten to {args.json}")
     return 0
+
+
+def _ceilings(dtype: str, record: dict[str, Any]) -> Any:
+    """What this device can do, measured, and put into the record."""
+    from freqkv_jax.bench.ceilings import measure_ceilings
+
+    note(f"measuring this device's matmul rate ({dtype}) and copy bandwidth")
+    ceilings = measure_ceilings(dtype)
+    record["ceilings"] = {
+        "flops_per_s": ceilings.flops_per_s,
+        "bytes_per_s": ceilings.bytes_per_s,
+        "dtype": dtype,
+        "matmul_side": ceilings.sizes.matmul_side,
+        "copy_bytes": 4 * ceilings.sizes.copy_elements,
+    }
+    return ceilings
+
+
+def _told(row: dict[str, Any]) -> str:
+    if "ms" in row:
+        return f"{row['ms']:.4g} ms"
+    return row.get("skipped") or f"compiled in {row['compile_seconds']:.1f} s"
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -190,7 +220,7 @@ def model_task(args: argparse.Namespace) -> Task:
     from freqkv_jax.bench import cases
     from freqkv_jax.cli.compile import read_model
     from freqkv_jax.model.llama import Llama
-    from freqkv_jax.model.params import init_params
+    from freqkv_jax.model.params import abstract_params, init_params
 
     config, remembered = read_model(args.model, args.layers)
     kv = policy_from_flags(args) or remembered
@@ -205,6 +235,8 @@ def model_task(args: argparse.Namespace) -> Task:
     made: list[Any] = []
 
     def params() -> Any:
+        if args.compile_only:
+            return abstract_params(config, dtype)
         if not made:
             note(f"making {config.num_params / 1e9:.3g} billion random weights")
             made.append(init_params(model))
@@ -251,17 +283,20 @@ def parse_lengths(text: str | None) -> tuple[int, ...] | None:
 
 def heading(record: dict[str, Any], policy: str, repeats: int) -> list[str]:
     """What the table is of."""
-    device, ceilings = record["device"], record["ceilings"]
-    return [
-        f"{record['model']}, {record['num_layers']} layers, random weights, {ceilings['dtype']}"
-        f"{', weights ' + record['weights'] if record['weights'] != ceilings['dtype'] else ''},"
-        f" on {device['kind']}, jax {record['versions']['jax']}; {policy}",
-        f"this device, in this run: matmul {ceilings['flops_per_s'] / 1e12:.4g} TFLOP/s"
-        f" ({ceilings['matmul_side']} cubed), copy {ceilings['bytes_per_s'] / 1e9:.4g} GB/s",
-        f"ms: median of {repeats} calls (decode: a step's mean over a round); spread: slowest less"
-        " fastest; share: roofline over median",
-        "",
+    weights = "" if record["weights"] == record["dtype"] else f", weights {record['weights']}"
+    lines = [
+        f"{record['model']}, {record['num_layers']} layers, random weights, {record['dtype']}"
+        f"{weights}, on {record['device']['kind']}, jax {record['versions']['jax']}; {policy}"
     ]
+    if "ceilings" in record:
+        ceilings = record["ceilings"]
+        lines += [
+            f"this device, in this run: matmul {ceilings['flops_per_s'] / 1e12:.4g} TFLOP/s"
+            f" ({ceilings['matmul_side']} cubed), copy {ceilings['bytes_per_s'] / 1e9:.4g} GB/s",
+            f"ms: median of {repeats} calls (decode: a step's mean over a round); spread: slowest"
+            " less fastest; share: roofline over median",
+        ]
+    return [*lines, ""]
 
 
 def run_peers(

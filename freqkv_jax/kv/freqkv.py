@@ -1,15 +1,21 @@
 """FreqKV (arXiv 2505.00570): what lies between sinks and recents is low-pass filtered."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from freqkv_jax import folding, spectral
+from freqkv_jax import folding, nvidia, spectral
+from freqkv_jax.folding import MAPPED
+from freqkv_jax.kv import folding_cuda
 from freqkv_jax.kv.linear import LinearPolicy, Parts
-from freqkv_jax.kv.policy import Maps, register
+from freqkv_jax.kv.policy import ChunkCaches, Maps, Memory, memory_after, register
 from freqkv_jax.rope import Rope
 
 
@@ -87,3 +93,75 @@ class FreqKVConfig(LinearPolicy):
             folding.entries_turned(k, self.keep, rope, first),
             folding.entries_turned(v, self.keep, None),
         )
+
+    def chunk_caches(
+        self,
+        memory: Memory,
+        k: Array,
+        v: Array,
+        counts: Array | None,
+        rope: Rope,
+        maps: Maps,
+        seen: Array,
+        queries: Array | None = None,
+    ) -> ChunkCaches:
+        """As the base class has it; by kernels where there are some."""
+        halved = self.method == "matmul" and 0 < self.keep == self.chunk and self.sink_size > 0
+        if not (halved and nvidia.suits(k)):
+            return super().chunk_caches(memory, k, v, counts, rope, maps, seen, queries)
+        with jax.named_scope("chunk_caches"):
+            caches = self._rounds(rope)(memory, k, v, maps)
+            slot = jnp.arange(self.prefix, self.capacity, dtype=jnp.int32)
+            tokens = (rope.rotate_tokens(k, slot), v)
+            return ChunkCaches(*caches, memory_after(memory, caches, tokens, counts))
+
+    def _rounds(self, rope: Rope) -> Callable[[Memory, Array, Array, Maps], Parts]:
+        """The caches of all chunks, [B, C, P, K, D]; backward in the base class's form, of which
+        nothing has to be kept, for the rounds are linear."""
+
+        def plain(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
+            seen = jnp.zeros(len(k), jnp.int32)  # not asked for
+            caches = LinearPolicy.chunk_caches(self, memory, k, v, None, rope, maps, seen)
+            return caches.k, caches.v
+
+        @jax.custom_vjp
+        def rounds(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
+            cuda = functools.partial(self._cuda_rounds, rope=rope)
+            return jax.lax.platform_dependent(memory, k, v, maps, cuda=cuda, default=plain)
+
+        def forward(memory: Memory, k: Array, v: Array, maps: Maps) -> tuple[Parts, Maps]:
+            k, v = rounds(memory, k, v, maps)
+            return (checkpoint_name(k, MAPPED), checkpoint_name(v, MAPPED)), maps
+
+        def backward(maps: Maps, grads: Parts) -> tuple[Any, ...]:
+            batch, chunks, _, heads, dim = grads[0].shape
+            dtype = grads[0].dtype
+            memory = self.init(batch, heads, dim, dtype)
+            some = jnp.zeros((batch, chunks, self.chunk, heads, dim), dtype)
+            pull = jax.vjp(functools.partial(plain, maps=maps), memory, some, some)[1]
+            return *pull(grads), jax.tree.map(jnp.zeros_like, maps)
+
+        rounds.defvjp(forward, backward)
+        return rounds
+
+    def _cuda_rounds(self, memory: Memory, k: Array, v: Array, maps: Maps, rope: Rope) -> Parts:
+        batch, chunks, size = k.shape[:3]
+        stacked, sink = maps["stacked"].astype(k.dtype), self.sink_size
+        k, v = (x.reshape(batch, chunks * size, *x.shape[3:]) for x in (k, v))
+        turned_back = rope.rotate_slots(memory.k, inverse=True)
+        stream = folding_cuda.Stream(turned_back, memory.v, k, v)
+        sinks = memory.k[:, :, :sink], memory.v[:, :, :sink]
+        angles = rope.angles(jnp.arange(self.prefix, dtype=jnp.int32))
+        turns = jnp.cos(angles), jnp.sin(angles)
+
+        def one_round(halves: Array | None, into: Any, index: Array) -> tuple[Array, Parts]:
+            folded = folding_cuda.fold(stream, halves, self.keep, stacked.shape[2], sink, index)
+            halves = folding.product(stacked, folded)
+            return halves, folding_cuda.write(stream, sinks, halves, turns, self.keep, index, into)
+
+        def next_round(now: tuple[Array, Parts], index: Array) -> tuple[Any, None]:
+            return one_round(*now, index), None
+
+        now = one_round(None, chunks, jnp.zeros(1, jnp.int32))
+        rest = jnp.arange(1, chunks, dtype=jnp.int32)[:, None]
+        return jax.lax.scan(next_round, now, rest)[0][1]

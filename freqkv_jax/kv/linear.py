@@ -15,7 +15,7 @@ from freqkv_jax.kv.policy import (
     Maps,
     Memory,
     Slots,
-    choose_rows,
+    memory_after,
     whole_number,
 )
 from freqkv_jax.rope import Rope
@@ -174,7 +174,9 @@ class LinearPolicy(KVPolicy):
                 k_all, v_all = map(_joined, sinks, zip(*parts, strict=True))
             else:
                 k_all, v_all = self._loop(now, sinks, parts[0], raw, recents[1:], behind, maps)
-            end = self._memory_after(memory, ChunkCaches(k_all, v_all, None), k, v, counts, rope)
+            slot = jnp.arange(self.prefix, self.capacity, dtype=jnp.int32)
+            tokens = (rope.rotate_tokens(k, slot), v)
+            end = memory_after(memory, (k_all, v_all), tokens, counts)
             return ChunkCaches(k_all, v_all, end)
 
     def _loop(
@@ -216,28 +218,6 @@ class LinearPolicy(KVPolicy):
         k_recent, v_recent = _both(_swapped, recents)
         k_recent = rope.rotate_tokens(k_recent, slots)
         return jnp.concatenate([k, k_recent], axis=1), jnp.concatenate([v, v_recent], axis=1)
-
-    def _memory_after(
-        self,
-        memory: Slots,
-        caches: ChunkCaches,
-        k: Array,
-        v: Array,
-        counts: Array | None,
-        rope: Rope,
-    ) -> Slots:
-        """The cache of the chunk in which each row ends (its slots behind fill mean nothing)."""
-        every = (caches.k, caches.v, k, v)
-        if counts is None:
-            ended = [x[:, -1] for x in every]
-        else:
-            last = jnp.maximum((counts + self.chunk - 1) // self.chunk - 1, 0)
-            last = last[:, None, None, None, None]
-            ended = [jnp.take_along_axis(x, last, axis=1)[:, 0] for x in every]
-        slot = jnp.arange(self.prefix, self.capacity, dtype=jnp.int32)
-        ended[2] = rope.rotate_tokens(ended[2], slot)
-        k, v = (jnp.swapaxes(jnp.concatenate(x, axis=1), 1, 2) for x in (ended[::2], ended[1::2]))
-        return Slots(k, v) if counts is None else choose_rows(counts > 0, Slots(k, v), memory)
 
 
 def _joined(sinks: Array, parts: tuple[Array, ...]) -> Array:

@@ -1,5 +1,6 @@
 """Spectral novelty: keeps the entries that a low-pass of the cache would destroy."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from freqkv_jax.kv import choosing_cuda
 from freqkv_jax.kv.choosing import ChoosingPolicy, highest
 from freqkv_jax.kv.policy import Maps, register
+from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import axis_size
 
 LOG_VALUE_WEIGHT = 0.3
@@ -105,6 +108,22 @@ class SpectralNoveltyConfig(ChoosingPolicy):
             worth = jnp.where(chosen, -jnp.inf, self._compared(worth))
             chosen |= highest(worth, self.by_value)
         return jnp.broadcast_to(chosen, k.shape[:3])
+
+    def chooser_on_gpu(self, rope: Rope, maps: Maps) -> Callable[[choosing_cuda.Full], Array]:
+        """By kernels, unless values have a say."""
+        if self.by_value:
+            return super().chooser_on_gpu(rope, maps)
+        slots = jnp.arange(self.span, dtype=jnp.int32) + self.sink_size
+        angles = rope.angles(slots)
+        basis = choosing_cuda.padded(maps["basis"])
+        back = (jnp.cos(angles), jnp.sin(-angles))
+
+        def choose(full: choosing_cuda.Full) -> Array:
+            score = choosing_cuda.novelty(full, basis, back, self.sink_size)
+            chosen = highest(self._compared(score), self.keep)
+            return jnp.broadcast_to(chosen, score.shape)
+
+        return choose
 
     def _compared(self, score: Array) -> Array:
         """Scores [B, K, m] as they are compared: [B, 1, m] where heads choose together."""

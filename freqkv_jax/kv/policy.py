@@ -210,6 +210,30 @@ def choose_rows(mask: Array, new: Memory, old: Memory) -> Memory:
     return jax.tree.map(choose, new, old)
 
 
+def memory_after(
+    memory: Slots,
+    caches: tuple[Array, Array],
+    tokens: tuple[Array, Array],
+    counts: Array | None,
+) -> Slots:
+    """The memory in which each row ends, out of what stood before each chunk and its tokens.
+
+    Args:
+      memory: of before; it stays where a row takes no token.
+      caches: keys and values [B, C, P, K, D]. tokens: [B, C, Q, K, D], keys rotated.
+      counts: [B], tokens that each row takes; None for all. Slots behind a row's fill mean nothing.
+    """
+    size = tokens[0].shape[2]
+    every = (*caches, *tokens)
+    if counts is None:
+        ended = [x[:, -1] for x in every]
+    else:
+        last = jnp.maximum((counts + size - 1) // size - 1, 0)[:, None, None, None, None]
+        ended = [jnp.take_along_axis(x, last, axis=1)[:, 0] for x in every]
+    k, v = (jnp.swapaxes(jnp.concatenate(x, axis=1), 1, 2) for x in (ended[::2], ended[1::2]))
+    return Slots(k, v) if counts is None else choose_rows(counts > 0, Slots(k, v), memory)
+
+
 def write_slots(slots: Array, new: Array, fill: int | Array, count: Array | None = None) -> Array:
     """slots [B, K, N, D] with new [B, T, K, D] written from slot `fill` on (see KVPolicy.append).
 

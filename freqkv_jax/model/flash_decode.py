@@ -1,4 +1,4 @@
-"""Attention of one query to the live slots of a cache as one Triton kernel (Pallas), and a merge.
+"""Attention of one query a row to a cache's live slots as one Triton kernel (Pallas), and a merge.
 
 XLA writes scores and weights out and reads all slots, and the values column by column: of an H200's
 bandwidth it reached a quarter with 32 heads of 128. This reads the live slots once. JAX deprecates
@@ -23,8 +23,38 @@ with contextlib.suppress(ImportError):
     from jax.experimental.pallas import triton
 
 BLOCK = 64  # slots that a program holds at a time
-PROGRAMS = 512  # about so many share the slots: a few for each of the GPU's processors
+PROGRAMS = 512  # about so many share the slots of all rows: a few for each of the GPU's processors
 TILE = 16  # rows that a tensor core takes at least: a kv head's queries and zeros
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def attend_rows(
+    q: Float[Array, "B 1 R D"],
+    k: Float[Array, "B K N D"],
+    v: Float[Array, "B K N D"],
+    fill: Int[Array, "*rows"],
+    num_heads: int,
+) -> Float[Array, "B 1 H D"]:
+    """`attend_cache` for one query a row, at slot `fill` (a scalar or [B]), on one device.
+
+    The platform decides when it is lowered; on a mesh XLA could not split the kernel. The queries
+    are the first `num_heads` of q's R heads: cutting them out would be a kernel of its own.
+    """
+    kernel = functools.partial(flash_rows, num_heads=num_heads)
+    plain = functools.partial(_plain, num_heads=num_heads)
+    special = {"cuda": kernel} if suits(num_heads, q, k) and triton and cudnn.present() else {}
+    return jax.lax.platform_dependent(q, k, v, fill, default=plain, **special)
+
+
+@attend_rows.defjvp
+def _derivative(num_heads: int, at: Any, along: Any) -> tuple[Array, Array]:
+    """Who differentiates gets the plain form: the kernel has no derivative."""
+    fill = at[3]
+    return jax.jvp(lambda q, k, v: _plain(q, k, v, fill, num_heads), at[:3], along[:3])
+
+
+def _plain(q: Array, k: Array, v: Array, fill: Array, num_heads: int) -> Array:
+    return attend_cache(q[:, :, :num_heads], k, v, fill)
 
 
 def attend_one(
@@ -34,37 +64,44 @@ def attend_one(
     fill: Int[Array, ""],
     num_heads: int,
 ) -> Float[Array, "H D"]:
-    """`attend_cache` for one query at slot `fill`; the platform decides when it is lowered.
-
-    The queries are the first `num_heads` rows of q: cutting them out would be a kernel of its own.
-    """
-
-    def plain(q: Array, k: Array, v: Array, fill: Array) -> Array:
-        return attend_cache(q[None, None, :num_heads], k[None], v[None], fill)[0, 0]
-
-    kernel = functools.partial(flash, num_heads=num_heads)
-    special = {"cuda": kernel} if suits(num_heads, q, k) and triton and cudnn.present() else {}
-    return jax.lax.platform_dependent(q, k, v, fill, default=plain, **special)
+    """`attend_rows` for one row."""
+    return attend_rows(q[None, None], k[None], v[None], fill, num_heads)[0, 0]
 
 
 def suits(num_heads: int, q: Array, k: Array) -> bool:
     """Whether the kernel takes these: half precision (float32 would be rounded), even blocks."""
-    heads, slots, dim = k.shape
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    heads, slots, dim = k.shape[-3:]
+    half = q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
     return half and dim in (64, 128, 256) and slots % BLOCK == 0 and num_heads <= TILE * heads
 
 
-def flash(
+def flash_rows(
     q: Array, k: Array, v: Array, fill: Array, num_heads: int, interpret: bool = False
+) -> Array:
+    """`flash` of all rows at once: they become one more axis of the kernels' grids."""
+    options = {"num_heads": num_heads, "num_rows": q.shape[0], "interpret": interpret}
+    one = functools.partial(flash, **options)
+    return jax.vmap(one, (0, 0, 0, 0 if fill.ndim else None))(q[:, 0], k, v, fill)[:, None]
+
+
+def flash(
+    q: Array,
+    k: Array,
+    v: Array,
+    fill: Array,
+    num_heads: int,
+    num_rows: int = 1,
+    interpret: bool = False,
 ) -> Array:
     """Partial averages of each kv head and run of slots, and a second kernel that merges them.
 
-    Shapes as in `attend_one`; the result has q's dtype.
+    Shapes as in `attend_one`, of a row beside which `num_rows` - 1 others are attended; the result
+    has q's dtype.
     """
     heads, slots, dim = k.shape
     groups, blocks = num_heads // heads, slots // BLOCK
     runs = 1
-    while blocks % (2 * runs) == 0 and heads * runs < PROGRAMS:
+    while blocks % (2 * runs) == 0 and num_rows * heads * runs < PROGRAMS:
         runs *= 2
     call = functools.partial(pl.pallas_call, interpret=interpret)
     if triton and not interpret:

@@ -145,11 +145,8 @@ class Llama(nn.Module):
         return self.norm(x[:, :length])
 
     def _rows(self, tokens: Array) -> Array:
-        """`tokens` with zeros behind them, where a multiple of ROW_UNIT is faster."""
-        length = tokens.shape[1]
-        if length < MANY_ROWS or self.dtype == "float32":
-            return tokens
-        return jnp.pad(tokens, ((0, 0), (0, -length % ROW_UNIT)))
+        """`tokens` with zeros behind them, where that is faster."""
+        return jnp.pad(tokens, ((0, 0), (0, row_padding(tokens.shape[1], self.dtype))))
 
     def _lone(self) -> Block:
         """A layer that belongs to no model: its weights are given to it."""
@@ -243,6 +240,11 @@ def _advance(state: KVState, memories: list[Memory], fill: Array, read: Array) -
         for memory in memories
     )
     return KVState(layers, fill, state.seen + read, state.end_token, state.policy)
+
+
+def row_padding(length: int, dtype: str) -> int:
+    """Rows to put behind `length`: up to a multiple of ROW_UNIT, where that is faster."""
+    return 0 if length < MANY_ROWS or dtype == "float32" else -length % ROW_UNIT
 
 
 def check_model_options(dtype: str, attention: str) -> None:

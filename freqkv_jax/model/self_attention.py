@@ -1,6 +1,11 @@
 """Self-attention through a cache policy, as the decoder's layers call it."""
 
+import functools
+import math
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -8,10 +13,14 @@ from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import KVPolicy
 from freqkv_jax.kv.policy import Maps, Memory
 from freqkv_jax.model.attention import attend, attend_behind, attend_cache
+from freqkv_jax.model.flash_decode import attend_rows
 from freqkv_jax.model.layers import ROWS, Linear
 from freqkv_jax.rope import Rope
-from freqkv_jax.sharding import BATCH_AXES, P, constrain
+from freqkv_jax.sharding import BATCH_AXES, P, axis_size, constrain
 
+# Caches of a layer's chunks, on a device, that are held at once; 112 chunks of 256 tokens behind
+# 4096 slots of the 7B shape would be 7 GB.
+CACHE_BYTES = 1 << 31
 HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)  # [B, T, heads, D]
 
 
@@ -94,22 +103,39 @@ class Attention(nn.Module):
         rope: Rope,
         maps: Maps,
     ) -> tuple[Array, Memory]:
-        """Tokens [B, T, ., D] behind full memories: all caches first, then all attention."""
-        size = self.kv.chunk
-        full = q.shape[1] // size * size
+        """Tokens [B, T, ., D] behind full memories: whole chunks, in groups, then what is left.
+
+        What is left costs by its length: it alone is padded, and only the keys and the queries
+        that it needs are attended.
+        """
+        size, total = self.kv.chunk, q.shape[1]
+        most = self._at_once(k) * size
+        full = total // size * size
+        groups = -(-full // most)
+        each = -(-full // size // max(groups, 1)) * size  # tokens of a group, but the last
+        looped = full // each * each if groups > 1 else 0
+
+        def some(memory: Memory, start: int | Array, q: Array, k: Array, v: Array) -> Any:
+            some = None if counts is None else jnp.clip(counts - start, 0, q.shape[1])
+            return self._some_chunks(q, k, v, memory, seen + start, some, rope, maps)
+
         outs = []
-        for start, stop in ((0, full), (full, q.shape[1])):
-            if start == stop:
-                continue
-            # What is left after whole chunks costs by its length: it alone is padded, and only
-            # the keys and the queries that it needs are attended.
-            some = None if counts is None else jnp.clip(counts - start, 0, stop - start)
-            q_some, k_some, v_some = (y[:, start:stop] for y in (q, k, v))
-            out, memory = self._some_chunks(
-                q_some, k_some, v_some, memory, seen + start, some, rope, maps
-            )
+        if looped:
+            out, memory = _one_by_one(some, memory, each, *(y[:, :looped] for y in (q, k, v)))
             outs.append(out)
+        for start, stop in ((looped, full), (full, total)):
+            if start < stop:
+                out, memory = some(memory, start, *(y[:, start:stop] for y in (q, k, v)))
+                outs.append(out)
         return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0], memory
+
+    def _at_once(self, k: Array) -> int:
+        """Chunks whose caches are held at once: of short ones these are many times their tokens."""
+        kv = self.kv
+        rows = -(-k.shape[0] // math.prod(map(axis_size, BATCH_AXES)))
+        heads = -(-k.shape[2] // axis_size("tensor"))
+        each = 2 * rows * heads * k.shape[3] * kv.prefix * k.dtype.itemsize
+        return k.shape[1] if kv.prefix <= 2 * kv.chunk else max(1, CACHE_BYTES // each)
 
     def _some_chunks(
         self,
@@ -166,8 +192,38 @@ class Attention(nn.Module):
             end = fill + x.shape[1]
             k_all, v_all = (jnp.swapaxes(y[:, :, :end], 1, 2) for y in (k_all, v_all))
             return self._merge(attend(q, k_all, v_all, self.backend)), memory
+        if x.shape[1] == 1 and _on_one_device():
+            return self._merge(attend_rows(q, k_all, v_all, slot, q.shape[2])), memory
         return self._merge(attend_cache(q, k_all, v_all, fill)), memory
+
+
+def _one_by_one(some: Any, memory: Memory, length: int, *tokens: Array) -> tuple[Array, Memory]:
+    """`some` on so many of the tokens [B, T, ...] after the other, each behind the memory before.
+
+    Without the checkpoint the backward pass would keep the caches of every group.
+    """
+    groups = tokens[0].shape[1] // length
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], groups, length, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(memory: Memory, xs: Any) -> tuple[Memory, Array]:
+        start, *tokens = xs
+        out, memory = some(memory, start, *tokens)
+        return memory, out
+
+    starts = jnp.arange(groups, dtype=jnp.int32) * length
+    memory, out = jax.lax.scan(one, memory, (starts, *map(split, tokens)))
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], groups * length, *out.shape[3:]), memory
 
 
 def _like(offsets: Array, slot: Array) -> Array:
     return offsets.reshape((1,) * slot.ndim + (-1,))
+
+
+def _on_one_device() -> bool:
+    """Whether no mesh of several devices is set, whatever its axes are called."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh is None or mesh.empty or mesh.size == 1

@@ -25,7 +25,7 @@ def test_all(tmp_path, capsys):
     rows = {row["case"]: row for row in record["rows"]}
     assert set(rows) == {
         f"{work}/{policy}/{length}"
-        for work in ("forward", "prefill", "decode", "compress", "attention")
+        for work in ("forward", "prefill", "decode", "compress", "attention", "layer")
         for policy, length in (("freqkv", "any" if work == "decode" else 28), ("full", 28))
     } - {"compress/full/28"}
     for name, row in rows.items():
@@ -35,6 +35,19 @@ def test_all(tmp_path, capsys):
         assert row["bytes"] > 0 and row["tokens_per_s"] > 0 and row["spread"] >= 0
         assert row["compile_seconds"] >= 0
     assert rows["decode/freqkv/any"]["steps"] == 6
+
+
+def test_compile_only(tmp_path, capsys):
+    """Nothing is run; prefill is many programs."""
+    file = tmp_path / "bench.json"
+    words = ["bench", "all", *FLAGS, "--layers", "1", "--policy-only", "--compile-only"]
+    assert main([*words, "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert "ceilings" not in record and "TFLOP/s (" not in capsys.readouterr().out
+    for row in record["rows"]:
+        assert "ms" not in row
+        assert ("skipped" in row) == (row["work"] == "prefill")
+        assert row["work"] == "prefill" or row["compile_seconds"] > 0 and row["program_bytes"] > 0
 
 
 def test_only_and_profile(tmp_path, capsys):

@@ -3,16 +3,22 @@
 Run with `make test-gpu`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import freqkv_jax as fk
+from freqkv_jax.config import RopeConfig
+from freqkv_jax.kv.linear import LinearPolicy
+from freqkv_jax.kv.policy import Slots
 from freqkv_jax.model import fused
 from freqkv_jax.model.attention import attend, attend_behind, attend_cache
-from freqkv_jax.model.flash_decode import attend_one
+from freqkv_jax.model.flash_decode import attend_one, attend_rows
 from freqkv_jax.model.llama import REMAT
+from freqkv_jax.rope import Rope
 from tests import oracle
 from tests.tiny import random_params, random_tokens, tiny_config
 from tests.tolerances import BF16_REL_L2, LOGITS, assert_close, rel_l2
@@ -55,13 +61,17 @@ def test_cudnn_is_the_naive_form(shape):
     def loss(backend):
         return lambda q, k, v: (attend(q, k, v, backend).astype(jnp.float32) * w).sum()
 
+    def gradients(backend):
+        return jax.jit(jax.grad(loss(backend), (0, 1, 2)))
+
     narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    want = attend(q, k, v, "naive")
-    got = attend(*narrow, "cudnn")
+    form = jax.jit(attend, static_argnums=3)
+    want = form(q, k, v, "naive")
+    got = form(*narrow, "cudnn")
     assert got.dtype == jnp.bfloat16
     assert rel_l2(got.astype(jnp.float32), want) < 0.01
-    grads = jax.grad(loss("naive"), (0, 1, 2))(q, k, v)
-    for a, b in zip(jax.grad(loss("cudnn"), (0, 1, 2))(*narrow), grads, strict=True):
+    grads = gradients("naive")(q, k, v)
+    for a, b in zip(gradients("cudnn")(*narrow), grads, strict=True):
         assert rel_l2(a.astype(jnp.float32), b) < 0.02
 
 
@@ -88,10 +98,14 @@ def test_parts_attended_apart_are_the_naive_form(shape):
     def naive(q, k, v):
         return attend(q, k, v, "naive")
 
+    def gradients(form):
+        return jax.jit(jax.grad(loss(form), (0, 1, 2)))
+
     narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    assert rel_l2(apart(*narrow).astype(jnp.float32), naive(q, k, v)) < 0.01
-    grads = jax.grad(loss(naive), (0, 1, 2))(q, k, v)
-    for a, b in zip(jax.grad(loss(apart), (0, 1, 2))(*narrow), grads, strict=True):
+    got, want = jax.jit(apart)(*narrow), jax.jit(naive)(q, k, v)
+    assert rel_l2(got.astype(jnp.float32), want) < 0.01
+    grads = gradients(naive)(q, k, v)
+    for a, b in zip(gradients(apart)(*narrow), grads, strict=True):
         assert rel_l2(a.astype(jnp.float32), b) < 0.02
 
 
@@ -155,6 +169,26 @@ def test_the_kernel_of_one_query_is_the_plain_form(shape):
         want = attend_cache(q[None, None], k[None], v[None], jnp.int32(fill))[0, 0]
         got = one(*narrow, jnp.int32(fill), heads)
         assert rel_l2(got.astype(jnp.float32), want) < 0.01
+
+
+# Those of SmolLM2-135M, of Llama-3-8B and of Llama-2-7B; of 64 rows with slots in fewer runs.
+@pytest.mark.parametrize(
+    "shape", [(64, 9, 3, 64, 2048), (3, 32, 8, 128, 4096), (8, 32, 32, 128, 4096)]
+)
+def test_the_kernel_of_a_query_a_row_is_the_plain_form(shape):
+    batch, heads, kv_heads, dim, slots = shape
+    q, k, v, _ = qkv(batch, 1, slots, heads, kv_heads, dim)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    rows, plain = jax.jit(attend_rows, static_argnums=4), jax.jit(attend_cache)
+    own = jnp.arange(batch, dtype=jnp.int32) * (slots - 1) // (batch - 1)
+    assert "xla.gpu.triton" in rows.lower(*narrow, own, heads).as_text()
+    for fill in (own, jnp.int32(0), jnp.int32(1000), jnp.int32(slots - 1)):
+        got = rows(*narrow, fill, heads)
+        assert got.dtype == jnp.bfloat16
+        # Row by row: that of many slots is small, and would be lost in the sum over all.
+        for one, want in zip(np.asarray(got, np.float32), plain(q, k, v, fill), strict=True):
+            assert rel_l2(one, want) < 0.01
 
 
 # Those of SmolLM2-135M and of Llama-2-7B: gate with up, and down.
@@ -222,3 +256,61 @@ def test_forward_passes_of_attention_in_a_gradient(remat, times):
     made = str(jax.make_jaxpr(gradient)(x, x, x))
     assert made.count("dot_product_attention_fwd") == times
     assert made.count("dot_product_attention_bwd") == 1
+
+
+ROPE = Rope(RopeConfig(1e4), 128)
+
+
+def full_cache(kv, chunks, heads=8):
+    """A full memory, and k and v of the chunks behind it, bfloat16."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    memory = Slots(*(normal(2, heads, kv.capacity, 128) for _ in range(2)))
+    tokens = [normal(2, chunks, kv.chunk, heads, 128) for _ in range(2)]
+    return memory, *tokens, {name: jnp.asarray(array) for name, array in kv.constants().items()}
+
+
+@pytest.mark.parametrize("kv", [fk.FreqKVConfig(4096), fk.FreqKVConfig(1000, 4, 300)], ids=str)
+def test_kernels_of_the_rounds_are_the_plain_form(kv):
+    memory, k, v, maps = full_cache(kv, 5)
+    seen = jnp.full((2,), kv.capacity)
+
+    def caches(memory, k, v):
+        return kv.chunk_caches(memory, k, v, None, ROPE, maps, seen)[:2]
+
+    def plain(memory, k, v):
+        return LinearPolicy.chunk_caches(kv, memory, k, v, None, ROPE, maps, seen)[:2]
+
+    def gradients(form):
+        def loss(*args):
+            return sum((x.astype(jnp.float32) ** 2).sum() for x in form(*args))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))
+
+    text = jax.jit(caches).lower(memory, k, v).as_text()
+    assert text.count("xla.gpu.triton") == 4
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (memory, k, v))
+    for got, want in zip(jax.jit(caches)(memory, k, v), jax.jit(plain)(*wide), strict=True):
+        assert rel_l2(got.astype(jnp.float32), want) < 0.01
+    found, expected = gradients(caches)(memory, k, v), gradients(plain)(*wide)
+    for got, want in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert rel_l2(got.astype(jnp.float32), want) < 0.02
+
+
+@pytest.mark.parametrize("bands", [1, 4, 64])
+def test_kernels_of_choosing_are_the_plain_form(bands):
+    kv = fk.SpectralNoveltyConfig(4096, chunk=256, bands=bands)
+    memory, k, v, maps = full_cache(kv, 6)
+    at = jnp.arange(kv.prefix, kv.capacity)
+    args = [jnp.swapaxes(x, 1, 2) for x in memory], (ROPE.rotate_tokens(k, at), v), maps
+    (keys, values), old = jax.jit(functools.partial(kv._cuda_rounds, rope=ROPE))(*args)
+    plain, want = jax.jit(functools.partial(kv._plain_rounds, rope=ROPE))(*args)
+    # A near tie may fall otherwise, and then the rounds behind it differ in that entry.
+    assert (old == want).mean() > 0.99
+    assert (np.diff(old, axis=-1) > 0).all()
+    same = jnp.moveaxis((old == want).all(axis=0), 1, 2)[:, None, ..., None]
+    for got, other in zip((keys, values), plain, strict=True):
+        assert rel_l2(jnp.where(same, got, 0), jnp.where(same, other, 0)) < 0.004

@@ -1,0 +1,236 @@
+"""Rounds of choosing as Triton kernels (Pallas) on NVIDIA: scores of keys, and what stays, moved.
+
+A kernel reads entries where they lie, in the caches of all chunks and among the chunks' tokens, and
+writes what stays where attention will read it. XLA wrote keys out in float32, joined, copied and
+transposed whole caches: 0.52 ms a round of the 7B shape on an H200 (docs/performance.md).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from freqkv_jax import nvidia
+from freqkv_jax.nvidia import columns, load, triton
+
+TILE = 32  # entries that a program holds at a time
+PROGRAMS = 528  # about so many share the entries that are scored: four a processor of a Hopper
+LEAST = 16  # rows that a product of Triton's takes
+
+
+class Full(NamedTuple):
+    """Full caches of B rows before a round: P entries of a chunk's cache, then Q tokens.
+
+    Attributes:
+      k, v: [B, C, P, K, D]. k_new, v_new: [B, C', Q, K, D]; keys rotated.
+      index: int32 [1], which of C and C'.
+    """
+
+    k: Array
+    v: Array
+    k_new: Array
+    v_new: Array
+    index: Array
+
+    @property
+    def prefix(self) -> int:
+        """P."""
+        return self.k.shape[2]
+
+
+def moved(
+    full: Full,
+    old: Int[Array, "B K P"],
+    turns: tuple[Float[Array, "Q1 half"], Float[Array, "Q1 half"]],
+    chunks: int | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """Caches [B, C, P, K, D] in which what stays of `full` is written behind it, keys turned.
+
+    Args:
+      old: the slot of `full` that each of P slots takes its entry from, not before its own.
+      turns: cosine and sine of the angles by which a key turns that moves 0 ... Q slots down.
+      chunks: None: the entries become cache index + 1 of full.k and full.v, in place. Else cache 0
+        of new arrays of so many, whose others hold nothing yet.
+    """
+    batch, _, prefix, heads, dim = full.k.shape
+    shape = (batch, full.k.shape[1] if chunks is None else chunks, prefix, heads, dim)
+    out = [jax.ShapeDtypeStruct(shape, x.dtype) for x in (full.k, full.v)]
+    kernel = functools.partial(_move, step=int(chunks is None))
+    aliases = {5: 0, 6: 1} if chunks is None else {}
+    grid = (batch, heads, -(-prefix // TILE))
+    return nvidia.call(kernel, grid, out, interpret, input_output_aliases=aliases)(
+        full.index, old, *turns, full.k_new, full.k, full.v, full.v_new
+    )
+
+
+def _move(
+    index_ref: Any,
+    old_ref: Any,
+    cos_ref: Any,
+    sin_ref: Any,
+    k_new_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    v_new_ref: Any,
+    k_out_ref: Any,
+    v_out_ref: Any,
+    *,
+    step: int,
+) -> None:
+    """TILE slots of a head."""
+    row, head, tile = (pl.program_id(axis) for axis in range(3))
+    index, prefix, half = index_ref[0], k_ref.shape[2], cos_ref.shape[1]
+    here = pl.ds(tile * TILE, TILE)
+    slot = tile * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    inside, shape = slot < prefix, (TILE, half)
+    old = load(old_ref.at[row, head, here], inside)
+    turn = jnp.where(inside, old - slot, 0)[:, None]
+    cos, sin = (load(ref.at[turn, columns(0, half)], inside, shape) for ref in (cos_ref, sin_ref))
+
+    def halves(cache_ref: Any, new_ref: Any) -> list[Array]:
+        at = (row, index, old, head)
+        return [_entries(cache_ref, new_ref, at, first, half, inside) for first in (0, half)]
+
+    def store(ref: Any, low: Array, high: Array) -> None:
+        for first, x in ((0, low), (half, high)):
+            out = ref.at[row, index + step, here, head, pl.ds(first, half)]
+            mask = jnp.broadcast_to(inside[:, None], shape)
+            triton.store(out, x.astype(ref.dtype), mask=mask)
+
+    low, high = (x.astype(jnp.float32) for x in halves(k_ref, k_new_ref))
+    store(k_out_ref, low * cos - high * sin, high * cos + low * sin)
+    store(v_out_ref, *halves(v_ref, v_new_ref))
+
+
+def _entries(
+    cache_ref: Any, new_ref: Any, at: tuple[Any, ...], first: int, width: int, inside: Array
+) -> Array:
+    """Of entries of a full cache at (row, index, slots, head), `width` columns from `first` on."""
+    row, index, slot, head = at
+    prefix, some = cache_ref.shape[2], columns(first, width)
+    cached, shape = slot < prefix, (slot.shape[0], width)
+    place = jnp.where(cached, slot, 0)[:, None]
+    old = load(cache_ref.at[row, index, place, head, some], cached & inside, shape)
+    place = jnp.where(cached, 0, slot - prefix)[:, None]
+    new = load(new_ref.at[row, index, place, head, some], ~cached & inside, shape)
+    return jnp.where(jnp.broadcast_to(cached[:, None], shape), old, new)
+
+
+def padded(basis: Float[Array, "F m"]) -> Float[Array, "F m"]:
+    """A basis with rows of zeros behind it, as `novelty` takes it."""
+    rows = max(LEAST, pl.next_power_of_2(len(basis)))
+    return jnp.pad(basis, ((0, rows - len(basis)), (0, 0)))
+
+
+def novelty(
+    full: Full,
+    basis: Float[Array, "F m"],
+    back: tuple[Float[Array, "m half"], Float[Array, "m half"]],
+    start: int,
+    interpret: bool = False,
+) -> Float[Array, "B K m"]:
+    """-cos(u, low-pass of u) of the m entries from slot `start` on, as SpectralNoveltyConfig says.
+
+    Args:
+      basis: rows of the low-pass, `padded`. back: cosine and sine of the angles by which the keys
+        of these slots are turned back.
+    """
+    batch, _, _, heads, dim = full.k.shape
+    rows, size = basis.shape
+    parts = max(1, min(-(-size // TILE), PROGRAMS // (batch * heads)))
+    length = -(-size // (parts * TILE)) * TILE  # entries of a program
+    parts = -(-size // length)
+    grid = (batch, heads, parts)
+    given = (full.index, basis, *back, full.k_new, full.k)
+    sums = jax.ShapeDtypeStruct((batch, heads, parts, rows, dim), jnp.float32)
+    (bands,) = nvidia.call(
+        functools.partial(_bands, start=start, length=length), grid, [sums], interpret
+    )(*given)
+    scores = jax.ShapeDtypeStruct((batch, heads, size), jnp.float32)
+    kernel = functools.partial(_scores, start=start, length=length)
+    return nvidia.call(kernel, grid, [scores], interpret)(*given, bands.sum(axis=2))[0]
+
+
+def _bands(index_ref: Any, basis_ref: Any, *refs: Any, start: int, length: int) -> None:
+    """What some entries of a head give to the low-pass's components."""
+    *given, out_ref = refs
+    row, head, part = (pl.program_id(axis) for axis in range(3))
+    rows, half = basis_ref.shape[0], given[0].shape[1]
+
+    def add(tile: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        first = part * length + tile * TILE
+        basis, inside = _basis(basis_ref, first)
+        units = _units(index_ref, given, (row, head), first, start, inside)
+        low, high = (s + _dot(basis, x) for s, x in zip(sums, units, strict=True))
+        return low, high
+
+    zeros = jnp.zeros((rows, half), jnp.float32)
+    low, high = jax.lax.fori_loop(0, length // TILE, add, (zeros, zeros))
+    every = pl.ds(0, rows)
+    out_ref[row, head, part, every, pl.ds(0, half)] = low
+    out_ref[row, head, part, every, pl.ds(half, half)] = high
+
+
+def _scores(index_ref: Any, basis_ref: Any, *refs: Any, start: int, length: int) -> None:
+    """-cosine of some entries of a head with their low-pass."""
+    *given, bands_ref, out_ref = refs
+    row, head, part = (pl.program_id(axis) for axis in range(3))
+    rows, half = basis_ref.shape[0], given[0].shape[1]
+    bands = [bands_ref[row, head, pl.ds(0, rows), pl.ds(first, half)] for first in (0, half)]
+
+    def write(tile: Array, _: None) -> None:
+        first = part * length + tile * TILE
+        basis, inside = _basis(basis_ref, first)
+        units = _units(index_ref, given, (row, head), first, start, inside)
+        lows = [_dot(basis, band, trans_a=True) for band in bands]
+        along = jnp.sum(units[0] * lows[0] + units[1] * lows[1], axis=1)
+        square = jnp.sum(lows[0] * lows[0] + lows[1] * lows[1], axis=1)
+        out = out_ref.at[row, head, pl.ds(first, TILE)]
+        triton.store(out, -along * jax.lax.rsqrt(square + 1e-30), mask=inside)
+
+    jax.lax.fori_loop(0, length // TILE, write, None)
+
+
+def _basis(basis_ref: Any, first: Array) -> tuple[Array, Array]:
+    """Columns of the low-pass from `first` on, [rows, TILE], and which of them there are."""
+    rows, size = basis_ref.shape
+    inside = first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0) < size
+    mask = jnp.broadcast_to(inside[None], (rows, TILE))
+    return triton.load(basis_ref.at[pl.ds(0, rows), pl.ds(first, TILE)], mask=mask, other=0), inside
+
+
+def _units(
+    index_ref: Any,
+    refs: Sequence[Any],
+    at: tuple[Array, Array],
+    first: Array,
+    start: int,
+    inside: Array,
+) -> tuple[Array, Array]:
+    """Both halves of TILE keys turned back and scaled to length 1, float32 [TILE, D/2]."""
+    cos_ref, sin_ref, new_ref, cache_ref = refs
+    half = cos_ref.shape[1]
+    row, head = at
+    cos, sin = (
+        load(ref.at[pl.ds(first, TILE), pl.ds(0, half)], inside, (TILE, half))
+        for ref in (cos_ref, sin_ref)
+    )
+    slot = start + first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    low, high = (
+        _entries(cache_ref, new_ref, (row, index_ref[0], slot, head), column, half, inside).astype(
+            jnp.float32
+        )
+        for column in (0, half)
+    )
+    rate = jax.lax.rsqrt(jnp.sum(low * low + high * high, axis=1) + 1e-30)[:, None]
+    return (low * cos - high * sin) * rate, (high * cos + low * sin) * rate
+
+
+def _dot(a: Array, b: Array, trans_a: bool = False) -> Array:
+    # float32 must be float32: a choice hangs on it.
+    return triton.dot(a, b, trans_a=trans_a, allow_tf32=False)

@@ -1,0 +1,66 @@
+"""What this process can trace for NVIDIA GPUs, and Triton kernels (Pallas) for them.
+
+JAX deprecates Pallas' Triton backend: every kernel has a plain form beside it, which takes over
+where the backend is gone.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from freqkv_jax.sharding import AXES, axis_size
+
+triton: Any = None
+with contextlib.suppress(ImportError):
+    from jax.experimental.pallas import triton as _backend
+
+    triton = _backend
+
+
+@functools.cache
+def present() -> bool:
+    """Whether kernels for NVIDIA can be traced here (the platform is chosen later, at lowering)."""
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+def suits(x: Array) -> bool:
+    """Whether the kernels of cache policies take entries like x [..., D]: half precision, heads
+    that Triton's blocks fit, on one device (XLA cannot split a kernel), with an NVIDIA GPU here."""
+    half = x.dtype in (jnp.bfloat16, jnp.float16) and x.shape[-1] in (64, 128, 256)
+    alone = all(axis_size(axis) == 1 for axis in AXES)
+    return bool(half and alone and triton and present())
+
+
+def call(
+    kernel: Any,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    interpret: bool = False,
+    num_stages: int = 2,
+    **options: Any,
+) -> Any:
+    """`pallas_call` for Triton; interpreted, it runs anywhere, slowly."""
+    if triton and not interpret:
+        options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=num_stages)
+    return pl.pallas_call(kernel, grid=grid, out_shape=out_shape, interpret=interpret, **options)
+
+
+def columns(first: int, width: int) -> Array:
+    """Places `first`, `first` + 1, ... [1, width] beside others that are reckoned: of these and of
+    slices together Pallas' interpreter takes none."""
+    return first + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+
+
+def load(ref: Any, mask: Array, shape: tuple[int, ...] | None = None) -> Array:
+    """What there is of `ref`, zeros elsewhere; `mask` is one a row where `shape` is given."""
+    if shape is not None:
+        mask = jnp.broadcast_to(mask[:, None], shape)
+    return triton.load(ref, mask=mask, other=0)

@@ -1,0 +1,88 @@
+"""The Triton kernels of choosing policies, interpreted on a CPU, against the plain rounds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from freqkv_jax import nvidia
+from freqkv_jax.config import RopeConfig
+from freqkv_jax.kv import KeyNormConfig, SpectralNoveltyConfig
+from freqkv_jax.rope import Rope
+
+ROPE = Rope(RopeConfig(1e4), 64)
+SIZES = {"cache_size": 100, "sink_size": 3, "recent_size": 20, "chunk": 37}
+POLICIES = [
+    SpectralNoveltyConfig(bands=1, **SIZES),
+    SpectralNoveltyConfig(bands=20, recency=0.3, **SIZES),
+    SpectralNoveltyConfig(bands=4, shared_heads=True, **SIZES),
+    SpectralNoveltyConfig(bands=4, value_share=0.5, **SIZES),  # chosen without a kernel
+    KeyNormConfig(**SIZES),
+]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    call = nvidia.call
+    monkeypatch.setattr(nvidia, "call", lambda *a, **o: call(*a[:3], True, **o))
+
+
+def arguments(kv, chunks, batch=2, heads=3, dtype="bfloat16"):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    first = [normal(batch, kv.capacity, heads, 64) for _ in range(2)]
+    tokens = [normal(batch, chunks, kv.chunk, heads, 64) for _ in range(2)]
+    maps = {name: jnp.asarray(array) for name, array in kv.constants().items()}
+    return tuple(first), tuple(tokens), maps
+
+
+@pytest.mark.parametrize("kv", POLICIES, ids=str)
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_the_rounds_are_the_plain_ones(kv, chunks, interpreted):
+    args = arguments(kv, chunks)
+    plain = jax.jit(functools.partial(kv._plain_rounds, rope=ROPE))(*args)
+    (k, v), old = jax.jit(functools.partial(kv._cuda_rounds, rope=ROPE))(*args)
+    np.testing.assert_array_equal(old, plain[1])
+    np.testing.assert_array_equal(v, plain[0][1])
+    # A product and a sum may be one operation here and two there.
+    wide, other = (np.asarray(x, np.float32) for x in (k, plain[0][0]))
+    assert np.abs(wide - other).max() <= 2**-6 and (wide != other).mean() < 1e-3
+    assert not np.isnan(wide).any()
+
+
+def test_what_is_taken(monkeypatch):
+    k = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    assert not nvidia.suits(k)  # no GPU here
+    monkeypatch.setattr(nvidia, "present", lambda: True)
+    assert nvidia.suits(k)
+    assert not nvidia.suits(k.astype(jnp.float32))
+    assert not nvidia.suits(k[..., :48])
+    with jax.set_mesh(jax.make_mesh((1, 1, 2), ("data", "fsdp", "tensor"))):
+        assert not nvidia.suits(k)
+
+
+def test_a_cpu_goes_the_plain_way(monkeypatch):
+    """Kernels that could be traced are not what a CPU's program runs; gradients need none."""
+    kv = POLICIES[0]
+    first, tokens, maps = arguments(kv, 3)
+
+    def both():
+        def total(first):
+            caches = kv._rounds(ROPE)(first, tokens, maps)
+            return caches[0].astype(jnp.float32).sum(), caches
+
+        run = jax.jit(jax.grad(total, has_aux=True)).trace(first)
+        return str(run.jaxpr), run.lower().compile()(first)
+
+    text, plain = both()
+    assert "pallas_call" not in text
+    monkeypatch.setattr(nvidia, "present", lambda: True)
+    text, found = both()
+    assert "pallas_call" in text
+    for some, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(some, other)
