@@ -15,6 +15,8 @@ from jaxtyping import Array
 
 from freqkv_jax.sharding import AXES, axis_size
 
+INTERPRET = False  # tests set it: kernels then run on a CPU, slowly
+
 triton: Any = None
 with contextlib.suppress(ImportError):
     from jax.experimental.pallas import triton as _backend
@@ -39,18 +41,20 @@ def suits(x: Array) -> bool:
     return bool(half and alone and triton and present())
 
 
-def call(
-    kernel: Any,
-    grid: tuple[int, ...],
-    out_shape: Any,
-    interpret: bool = False,
-    num_stages: int = 2,
-    **options: Any,
-) -> Any:
-    """`pallas_call` for Triton; interpreted, it runs anywhere, slowly."""
-    if triton and not interpret:
-        options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=num_stages)
-    return pl.pallas_call(kernel, grid=grid, out_shape=out_shape, interpret=interpret, **options)
+def call(kernel: Any, grid: tuple[int, ...], out_shape: Any, **options: Any) -> Any:
+    """`pallas_call` for Triton, arguments and results as whole arrays."""
+    if triton and not INTERPRET:
+        options["compiler_params"] = triton.CompilerParams(num_warps=4)
+    return pl.pallas_call(kernel, grid=grid, out_shape=out_shape, interpret=INTERPRET, **options)
+
+
+def exact_dot(a: Array, b: Array, trans_a: bool = False) -> Array:
+    """In a kernel, a product of float32 matrices as exact as float32's: in three parts on tensor
+    cores, which take a quarter of the time. (A CPU has no such parts.)"""
+    parts = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    precision = jax.lax.Precision.HIGHEST if INTERPRET else parts
+    sides = ((0,) if trans_a else (1,), (0,))
+    return jax.lax.dot_general(a, b, (sides, ((), ())), precision, jnp.float32)
 
 
 def columns(first: int, width: int) -> Array:

@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from freqkv_jax import nvidia
-from freqkv_jax.nvidia import columns, load, triton
+from freqkv_jax.nvidia import columns, exact_dot, load, triton
 
 TILE = 32  # entries that a program holds at a time
-PROGRAMS = 528  # about so many share the entries that are scored: four a processor of a Hopper
+PROGRAMS = 1056  # about so many share the entries that are scored: eight a processor of a Hopper
 LEAST = 16  # rows that a product of Triton's takes
 
 
@@ -47,7 +47,6 @@ def moved(
     old: Int[Array, "B K P"],
     turns: tuple[Float[Array, "Q1 half"], Float[Array, "Q1 half"]],
     chunks: int | None = None,
-    interpret: bool = False,
 ) -> tuple[Array, Array]:
     """Caches [B, C, P, K, D] in which what stays of `full` is written behind it, keys turned.
 
@@ -63,7 +62,7 @@ def moved(
     kernel = functools.partial(_move, step=int(chunks is None))
     aliases = {5: 0, 6: 1} if chunks is None else {}
     grid = (batch, heads, -(-prefix // TILE))
-    return nvidia.call(kernel, grid, out, interpret, input_output_aliases=aliases)(
+    return nvidia.call(kernel, grid, out, input_output_aliases=aliases)(
         full.index, old, *turns, full.k_new, full.k, full.v, full.v_new
     )
 
@@ -132,7 +131,6 @@ def novelty(
     basis: Float[Array, "F m"],
     back: tuple[Float[Array, "m half"], Float[Array, "m half"]],
     start: int,
-    interpret: bool = False,
 ) -> Float[Array, "B K m"]:
     """-cos(u, low-pass of u) of the m entries from slot `start` on, as SpectralNoveltyConfig says.
 
@@ -146,14 +144,13 @@ def novelty(
     length = -(-size // (parts * TILE)) * TILE  # entries of a program
     parts = -(-size // length)
     grid = (batch, heads, parts)
+    sizes = {"start": start, "length": length}
     given = (full.index, basis, *back, full.k_new, full.k)
     sums = jax.ShapeDtypeStruct((batch, heads, parts, rows, dim), jnp.float32)
-    (bands,) = nvidia.call(
-        functools.partial(_bands, start=start, length=length), grid, [sums], interpret
-    )(*given)
+    (bands,) = nvidia.call(functools.partial(_bands, **sizes), grid, [sums])(*given)
     scores = jax.ShapeDtypeStruct((batch, heads, size), jnp.float32)
-    kernel = functools.partial(_scores, start=start, length=length)
-    return nvidia.call(kernel, grid, [scores], interpret)(*given, bands.sum(axis=2))[0]
+    kernel = functools.partial(_scores, **sizes)
+    return nvidia.call(kernel, grid, [scores])(*given, bands.sum(axis=2))[0]
 
 
 def _bands(index_ref: Any, basis_ref: Any, *refs: Any, start: int, length: int) -> None:
@@ -166,7 +163,7 @@ def _bands(index_ref: Any, basis_ref: Any, *refs: Any, start: int, length: int) 
         first = part * length + tile * TILE
         basis, inside = _basis(basis_ref, first)
         units = _units(index_ref, given, (row, head), first, start, inside)
-        low, high = (s + _dot(basis, x) for s, x in zip(sums, units, strict=True))
+        low, high = (s + exact_dot(basis, x) for s, x in zip(sums, units, strict=True))
         return low, high
 
     zeros = jnp.zeros((rows, half), jnp.float32)
@@ -187,7 +184,7 @@ def _scores(index_ref: Any, basis_ref: Any, *refs: Any, start: int, length: int)
         first = part * length + tile * TILE
         basis, inside = _basis(basis_ref, first)
         units = _units(index_ref, given, (row, head), first, start, inside)
-        lows = [_dot(basis, band, trans_a=True) for band in bands]
+        lows = [exact_dot(basis, band, trans_a=True) for band in bands]
         along = jnp.sum(units[0] * lows[0] + units[1] * lows[1], axis=1)
         square = jnp.sum(lows[0] * lows[0] + lows[1] * lows[1], axis=1)
         out = out_ref.at[row, head, pl.ds(first, TILE)]
@@ -229,8 +226,3 @@ def _units(
     )
     rate = jax.lax.rsqrt(jnp.sum(low * low + high * high, axis=1) + 1e-30)[:, None]
     return (low * cos - high * sin) * rate, (high * cos + low * sin) * rate
-
-
-def _dot(a: Array, b: Array, trans_a: bool = False) -> Array:
-    # float32 must be float32: a choice hangs on it.
-    return triton.dot(a, b, trans_a=trans_a, allow_tf32=False)

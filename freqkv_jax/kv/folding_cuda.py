@@ -1,8 +1,9 @@
-"""FreqKV's rounds as Triton kernels (Pallas) on NVIDIA: the fold, and a chunk's cache written.
+"""FreqKV's rounds as Triton kernels (Pallas) on NVIDIA: all of a round but its product.
 
-Between two products of the folded map a round only adds, turns and copies. XLA's kernels for that
-were bound by their instructions, not by memory: 1.2 of the 3.3 ms that the rounds of a 7B layer
-take at 32740 tokens on an H200 (docs/performance.md).
+Between two products of the folded map a round only adds, turns and copies: it writes a chunk's
+cache out of the product's halves, and folds what is mapped with what came since for the next
+product. XLA's kernels for that were bound by their instructions, not by memory: 1.9 of the 3.3 ms
+that the rounds of a 7B layer take at 32740 tokens on an H200 (docs/performance.md).
 """
 
 import functools
@@ -17,7 +18,8 @@ from jaxtyping import Array, Float
 from freqkv_jax import nvidia
 from freqkv_jax.nvidia import columns, load, triton
 
-TILE = 32  # entries that a program holds at a time
+TILE = 32  # entries, or pairs of entries, that a program holds at a time
+NOWHERE = 1 << 30  # a place that is masked: the interpreter drops it
 
 
 class Stream(NamedTuple):
@@ -34,56 +36,51 @@ class Stream(NamedTuple):
     v: Array
 
 
-def fold(
-    stream: Stream,
-    halves: Float[Array, "2 rows 2 B K D"] | None,
-    keep: int,
-    cols: int,
-    sink: int,
-    index: Array,
-    interpret: bool = False,
-) -> Float[Array, "2 cols 2 B K D"]:
-    """Even and odd part of round `index`'s spans: what is mapped already, and L raw entries.
+class Sizes(NamedTuple):
+    """S, L and P of the policy, and columns of the folded map."""
 
-    Args:
-      halves: what the product gave in the round before; None: the mapped entries are L of the full
-        cache, behind its `sink` sinks.
-      index: int32 [1]. Raw are the L entries of the stream from L * index on.
-    """
+    sink: int
+    keep: int
+    prefix: int
+    cols: int
+
+
+def first_fold(stream: Stream, sizes: Sizes) -> Float[Array, "2 cols 2 B K D"]:
+    """Even and odd part of the first round's spans: L entries behind the sinks of the full cache,
+    and the L that follow."""
     batch, heads, _, dim = stream.k_first.shape
-    shape = jax.ShapeDtypeStruct((2, cols, 2, batch, heads, dim), stream.k.dtype)
-    kernel = functools.partial(_fold, keep=keep, sink=sink, is_first=halves is None)
-    given = (index, *stream) if halves is None else (index, *stream, halves)
-    return nvidia.call(kernel, (-(-cols // TILE), heads, batch), shape, interpret)(*given)
+    shape = jax.ShapeDtypeStruct((2, sizes.cols, 2, batch, heads, dim), stream.k.dtype)
+    grid = (-(-sizes.cols // TILE), heads, batch)
+    return nvidia.call(functools.partial(_first_fold, sizes=sizes), grid, shape)(*stream)
 
 
-def _fold(index_ref: Any, *refs: Any, keep: int, sink: int, is_first: bool) -> None:
+def _first_fold(*refs: Any, sizes: Sizes) -> None:
     """TILE entries of a head's even and odd part, of keys and of values."""
     *given, out_ref = refs
-    head, row = pl.program_id(1), pl.program_id(2)
-    cols, dim = out_ref.shape[1], out_ref.shape[5]
-    here = pl.program_id(0) * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
-    inside, shape = here < cols, (TILE, dim)
-    place = jnp.minimum(here, keep - 1)  # what stands behind the span meets zeros of the map
-    start = sink + keep
+    tile, head, row = (pl.program_id(axis) for axis in range(3))
+    dim = out_ref.shape[5]
+    here = tile * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    inside = here < sizes.cols
+    # What stands behind the span meets zeros of the map: any entry will do.
+    place = jnp.minimum(here, sizes.keep - 1)
     for which in range(2):
-        first_ref, new_ref = given[which], given[2 + which]
-        if is_first:
-            low = load(
-                first_ref.at[row, head, (sink + place)[:, None], columns(0, dim)], inside, shape
-            )
-        else:
-            low = _entries(given[4], which, place, (row, head), keep, inside, (0, dim))
-        at = index_ref[0] * keep + keep - 1 - place
-        high = _raw(first_ref, new_ref, at, start, (row, head), inside, (0, dim))
-        low, high = low.astype(jnp.float32), high.astype(jnp.float32)
-        mask = jnp.broadcast_to(inside[:, None], shape)
-        for part, x in enumerate((low + high, low - high)):
-            tile = pl.ds(pl.program_id(0) * TILE, TILE)
-            # Pallas' interpreter takes no plain numbers here.
-            at = (np.int32(part), tile, np.int32(which), row, head, pl.ds(0, dim))
-            out = out_ref.at[at]
-            triton.store(out, x.astype(out_ref.dtype), mask=mask)
+        low, high = (
+            _raw(given, which, at, sizes, (row, head), inside, (0, dim))
+            for at in (place - sizes.keep, sizes.keep - 1 - place)
+        )
+        _store_folded(out_ref, low, high, here, inside, (which, row, head), (0, dim))
+
+
+def _store_folded(
+    ref: Any, low: Array, high: Array, place: Array, mask: Array, at: Any, some: tuple[int, int]
+) -> None:
+    which, row, head = at
+    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+    place = jnp.where(mask, place, NOWHERE)[:, None]
+    for part, x in enumerate((low + high, low - high)):
+        # Pallas' interpreter takes no plain numbers here.
+        out = ref.at[np.int32(part), place, np.int32(which), row, head, columns(*some)]
+        triton.store(out, x.astype(ref.dtype), mask=jnp.broadcast_to(mask[:, None], x.shape))
 
 
 def write(
@@ -91,111 +88,163 @@ def write(
     sinks: tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]],
     halves: Float[Array, "2 rows 2 B K D"],
     turns: tuple[Float[Array, "P half"], Float[Array, "P half"]],
-    keep: int,
+    sizes: Sizes,
     index: Array,
     into: tuple[Array, Array] | int,
-    interpret: bool = False,
-) -> tuple[Array, Array]:
+    folds: bool,
+) -> tuple[Array, ...]:
     """Caches [B, C, P, K, D] with that of chunk `index` written: sinks, mapped entries, recents.
 
     Args:
-      sinks: as they rest. turns: cosine and sine of the angles of all P slots.
-      index: int32 [1].
+      sinks: as they rest. halves: what the product gave. turns: cosine and sine of the angles of
+        all P slots. index: int32 [1].
       into: the caches, which are written in place; or C, for new ones that hold nothing else.
+      folds: the result has a third array, `first_fold` of the round that follows.
     """
     batch, heads, _, dim = stream.k_first.shape
-    prefix = turns[0].shape[0]
     chunks = into if isinstance(into, int) else into[0].shape[1]
-    shape = jax.ShapeDtypeStruct((batch, chunks, prefix, heads, dim), stream.k.dtype)
+    dtype = stream.k.dtype
+    shapes = [jax.ShapeDtypeStruct((batch, chunks, sizes.prefix, heads, dim), dtype)] * 2
+    if folds:
+        shapes.append(jax.ShapeDtypeStruct((2, sizes.cols, 2, batch, heads, dim), dtype))
     given = [index, *stream, *sinks, halves, *turns]
     aliases = {}
     if not isinstance(into, int):
         aliases = {len(given): 0, len(given) + 1: 1}
         given += into
+    pairs = -(-((sizes.keep + 1) // 2) // TILE)
+    others = max(sizes.prefix - sizes.keep, sizes.cols - sizes.keep)
     return nvidia.call(
-        functools.partial(_write, keep=keep),
-        (-(-prefix // TILE), heads, batch),
-        [shape, shape],
-        interpret,
+        functools.partial(_write, sizes=sizes, pairs=pairs, folds=folds),
+        (pairs + -(-others // TILE), heads, batch),
+        shapes,
         input_output_aliases=aliases,
     )(*given)
 
 
-def _write(index_ref: Any, *refs: Any, keep: int) -> None:
-    """TILE slots of a head, of keys and of values."""
-    streams, sink_refs, (halves_ref, cos_ref, sin_ref) = refs[:4], refs[4:6], refs[6:9]
-    head, row, index = pl.program_id(1), pl.program_id(2), index_ref[0]
-    prefix, half, sink = cos_ref.shape[0], cos_ref.shape[1], sink_refs[0].shape[2]
-    here = pl.ds(pl.program_id(0) * TILE, TILE)
-    slot = pl.program_id(0) * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
-    inside, shape = slot < prefix, (TILE, half)
-    sunk, recent = slot < sink, slot >= sink + keep
-    # Entry 0 of the stream is the first behind the mapped ones; a round takes `keep` of them.
-    at = (index + 1) * keep + slot - sink - keep
+def _write(index_ref: Any, *refs: Any, sizes: Sizes, pairs: int, folds: bool) -> None:
+    """TILE pairs of mapped entries of a head, or TILE of its sinks and recents."""
+    outs = refs[-3:] if folds else (*refs[-2:], None)
+    tile = pl.program_id(0)
+    at = (pl.program_id(2), pl.program_id(1))  # row, head
 
-    def part(which: int, first: int) -> Array:
-        some, where = (first, half), (row, head)
-        mapped = inside & ~sunk & ~recent
-        place = jnp.where(mapped, slot - sink, 0)
-        x = _entries(halves_ref, which, place, where, keep, mapped, some)
-        raw = inside & recent
-        pair = streams[which], streams[2 + which]
-        y = _raw(*pair, jnp.where(raw, at, 0), sink + keep, where, raw, some)
-        return jnp.where(jnp.broadcast_to(recent[:, None], shape), y, x)
+    @pl.when(tile < pairs)
+    def _() -> None:
+        _write_pairs(index_ref[0], refs, outs, tile * TILE, at, sizes)
 
-    def store(ref: Any, which: int, low: Array, high: Array) -> None:
-        for first, x in ((0, low), (half, high)):
-            place = jnp.where(sunk, slot, 0)[:, None]
-            rest = load(
-                sink_refs[which].at[row, head, place, columns(first, half)], sunk & inside, shape
+    @pl.when(tile >= pairs)
+    def _() -> None:
+        _write_others(index_ref[0], refs, outs, (tile - pairs) * TILE, at, sizes)
+
+
+def _write_pairs(
+    index: Array, refs: Any, outs: Any, first: Array, at: tuple[Any, Any], sizes: Sizes
+) -> None:
+    """Entries i and L-1-i of the mapped ones, which are sum and difference of the same halves."""
+    stream, halves_ref, turns = refs[:4], refs[6], refs[7:9]
+    half = turns[0].shape[1]
+    front = first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    back = sizes.keep - 1 - front
+    masks = (front < (sizes.keep + 1) // 2, front < sizes.keep // 2)
+    raw = (index + 1) * sizes.keep
+    for which in range(2):
+        entries: tuple[list[Array], list[Array]] = ([], [])
+        for start in (0, half):
+            even, odd = (
+                load(
+                    halves_ref.at[part, front[:, None], which, *at, columns(start, half)],
+                    masks[0],
+                    (TILE, half),
+                ).astype(jnp.float32)
+                for part in range(2)
             )
-            x = jnp.where(jnp.broadcast_to(sunk[:, None], shape), rest, x.astype(ref.dtype))
-            out = ref.at[row, index, here, head, pl.ds(first, half)]
-            triton.store(out, x, mask=jnp.broadcast_to(inside[:, None], shape))
+            for one, x in zip(entries, (even + odd, even - odd), strict=True):
+                one.append(x.astype(halves_ref.dtype))
+        for one, place, other, mask in zip(
+            entries, (front, back), (back, front), masks, strict=True
+        ):
+            for start, x in zip((0, half), one, strict=True):
+                if outs[2] is not None:
+                    some = (start, half)
+                    high = _raw(stream, which, raw + other, sizes, at, mask, some)
+                    _store_folded(outs[2], x, high, place, mask, (which, *at), some)
+            place = place + sizes.sink
+            low, high = (x.astype(jnp.float32) for x in one)
+            if which == 0:
+                low, high = _turned(turns, low, high, place, mask)
+            _store_entries(outs[which], low, high, index, place, mask, at)
 
-    cos, sin = (load(ref.at[here, pl.ds(0, half)], inside, shape) for ref in (cos_ref, sin_ref))
-    low, high = (part(0, first).astype(jnp.float32) for first in (0, half))
-    store(refs[-2], 0, low * cos - high * sin, high * cos + low * sin)
-    store(refs[-1], 1, *(part(1, first) for first in (0, half)))
+
+def _write_others(
+    index: Array, refs: Any, outs: Any, first: Array, at: tuple[Any, Any], sizes: Sizes
+) -> None:
+    """Sinks, as they rest, recents, and zeros behind what is folded."""
+    stream, sink_refs, turns = refs[:4], refs[4:6], refs[7:9]
+    half = turns[0].shape[1]
+    place = first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    inside, sunk = place < sizes.prefix - sizes.keep, place < sizes.sink
+    slot = jnp.where(sunk, place, place + sizes.keep)
+    raw = (index + 1) * sizes.keep + place - sizes.sink
+    for which in range(2):
+        recents, sinks = [], []
+        for start in (0, half):
+            some = (start, half)
+            recents.append(_raw(stream, which, raw, sizes, at, inside & ~sunk, some))
+            here = jnp.where(sunk, place, 0)[:, None]
+            ref = sink_refs[which].at[*at, here, columns(*some)]
+            sinks.append(load(ref, sunk, (TILE, half)))
+        low, high = (x.astype(jnp.float32) for x in recents)
+        if which == 0:
+            low, high = _turned(turns, low, high, slot, inside)
+        wide = jnp.broadcast_to(sunk[:, None], (TILE, half))
+        low, high = (
+            jnp.where(wide, sink.astype(jnp.float32), x)
+            for sink, x in zip(sinks, (low, high), strict=True)
+        )
+        _store_entries(outs[which], low, high, index, slot, inside, at)
+        if outs[2] is not None:
+            behind = place + sizes.keep
+            for start in (0, half):
+                zeros = jnp.zeros((TILE, half), jnp.float32)
+                mask = behind < sizes.cols
+                _store_folded(outs[2], zeros, zeros, behind, mask, (which, *at), (start, half))
 
 
-def _entries(
-    halves_ref: Any,
-    which: int,
-    place: Array,
-    at: tuple[Any, Any],
-    keep: int,
-    inside: Array,
-    some: tuple[int, int],
-) -> Array:
-    """`folding.unfold` at some places of keys (`which` 0) or values, rounded as it rounds."""
+def _turned(turns: Any, low: Array, high: Array, slot: Array, mask: Array) -> tuple[Array, Array]:
+    """`Rope.rotate` of both halves of keys to their slots."""
+    half = low.shape[1]
+    slot = jnp.where(mask, slot, 0)[:, None]
+    cos, sin = (load(ref.at[slot, columns(0, half)], mask, low.shape) for ref in turns)
+    return low * cos - high * sin, high * cos + low * sin
+
+
+def _store_entries(
+    ref: Any, low: Array, high: Array, index: Array, slot: Array, mask: Array, at: tuple[Any, Any]
+) -> None:
     row, head = at
-    mirrored = jnp.minimum(place, keep - 1 - place)[:, None]
-    shape = (place.shape[0], some[1])
-    even, odd = (
-        load(halves_ref.at[part, mirrored, which, row, head, columns(*some)], inside, shape)
-        for part in range(2)
-    )
-    even, odd = even.astype(jnp.float32), odd.astype(jnp.float32)
-    front = jnp.broadcast_to((place < (keep + 1) // 2)[:, None], shape)
-    return jnp.where(front, even + odd, even - odd).astype(halves_ref.dtype)
+    slot, half = jnp.where(mask, slot, NOWHERE)[:, None], low.shape[1]
+    for start, x in ((0, low), (half, high)):
+        out = ref.at[row, index, slot, head, columns(start, half)]
+        triton.store(out, x.astype(ref.dtype), mask=jnp.broadcast_to(mask[:, None], x.shape))
 
 
 def _raw(
-    first_ref: Any,
-    new_ref: Any,
+    stream: Any,
+    which: int,
     place: Array,
-    start: int,
+    sizes: Sizes,
     at: tuple[Any, Any],
     inside: Array,
     some: tuple[int, int],
 ) -> Array:
-    """Entries of a stream, which begins with what a full cache held from slot `start` on."""
+    """Keys (`which` 0) or values of the stream; places -L to -1 are the first mapped entries."""
+    first_ref, new_ref = stream[which], stream[2 + which]
     row, head = at
+    start = sizes.sink + sizes.keep  # of the stream in what the full cache held
     size, shape = first_ref.shape[2] - start, (place.shape[0], some[1])
     held = place < size
-    slot = (start + jnp.where(held, place, 0))[:, None]
+    slot = jnp.where(inside & held, start + place, 0)[:, None]
     old = load(first_ref.at[row, head, slot, columns(*some)], held & inside, shape)
-    token = jnp.where(held, 0, place - size)[:, None]
+    token = jnp.where(inside & ~held, place - size, 0)[:, None]
     new = load(new_ref.at[row, token, head, columns(*some)], ~held & inside, shape)
     return jnp.where(jnp.broadcast_to(held[:, None], shape), old, new)

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from freqkv_jax import folding, nvidia, spectral
 from freqkv_jax.folding import MAPPED
 from freqkv_jax.kv import folding_cuda
-from freqkv_jax.kv.linear import LinearPolicy, Parts
+from freqkv_jax.kv.linear import UNROLLED, LinearPolicy, Parts
 from freqkv_jax.kv.policy import ChunkCaches, Maps, Memory, memory_after, register
 from freqkv_jax.rope import Rope
 
@@ -153,15 +153,22 @@ class FreqKVConfig(LinearPolicy):
         sinks = memory.k[:, :, :sink], memory.v[:, :, :sink]
         angles = rope.angles(jnp.arange(self.prefix, dtype=jnp.int32))
         turns = jnp.cos(angles), jnp.sin(angles)
+        sizes = folding_cuda.Sizes(sink, self.keep, self.prefix, stacked.shape[2])
 
-        def one_round(halves: Array | None, into: Any, index: Array) -> tuple[Array, Parts]:
-            folded = folding_cuda.fold(stream, halves, self.keep, stacked.shape[2], sink, index)
+        def written(folded: Array, index: Array, into: Any, folds: bool) -> tuple[Array, ...]:
             halves = folding.product(stacked, folded)
-            return halves, folding_cuda.write(stream, sinks, halves, turns, self.keep, index, into)
+            return folding_cuda.write(stream, sinks, halves, turns, sizes, index, into, folds)
 
-        def next_round(now: tuple[Array, Parts], index: Array) -> tuple[Any, None]:
-            return one_round(*now, index), None
+        def one_round(now: tuple[Parts, Array], index: Array) -> tuple[Any, None]:
+            k, v, folded = written(now[1], index, now[0], True)
+            return ((k, v), folded), None
 
-        now = one_round(None, chunks, jnp.zeros(1, jnp.int32))
-        rest = jnp.arange(1, chunks, dtype=jnp.int32)[:, None]
-        return jax.lax.scan(next_round, now, rest)[0][1]
+        index = jnp.arange(chunks, dtype=jnp.int32)[:, None]
+        first = written(folding_cuda.first_fold(stream, sizes), index[0], chunks, chunks > 1)
+        if chunks == 1:
+            return first[0], first[1]
+        now = (first[0], first[1]), first[2]
+        # A turn of a loop costs the device some 30 us of waiting.
+        (into, folded), _ = jax.lax.scan(one_round, now, index[1:-1], unroll=UNROLLED)
+        last = written(folded, index[-1], into, False)
+        return last[0], last[1]

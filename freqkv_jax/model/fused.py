@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from freqkv_jax.config import LlamaConfig
@@ -85,7 +86,7 @@ def pays(params: Any, batch: int) -> bool:
     if batch != 1 or is_fused(params) or mesh_of(params) is not None or not cudnn.present():
         return False
     leaf = jax.tree.leaves(params)[0]
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
         return {device.platform for device in leaf.devices()} <= {"gpu", "cuda"}
     return jax.default_backend() == "gpu"
 
