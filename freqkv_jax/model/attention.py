@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from freqkv_jax import nvidia
 from freqkv_jax.model import cudnn
 from freqkv_jax.model.cudnn import ATTENDED
 from freqkv_jax.sharding import BATCH_AXES
@@ -49,7 +50,7 @@ def attend(
     if backend != "auto":
         return _FORMS[backend](q, k, v)
     special: dict[str, Callable[..., Array]] = {"tpu": splash}
-    if cudnn.takes(q) and cudnn.present():
+    if cudnn.takes(q) and nvidia.present():
         special["cuda"] = cudnn.causal
     return jax.lax.platform_dependent(q, k, v, default=blocked, **special)
 
@@ -78,7 +79,7 @@ def attend_behind(
         return joined(q, *old, *new)
     if backend == "cudnn":
         return cudnn.behind(q, *old, *new)
-    if not cudnn.present():
+    if not nvidia.present():
         return joined(q, *old, *new)
     return jax.lax.platform_dependent(q, *old, *new, default=joined, cuda=cudnn.behind)
 

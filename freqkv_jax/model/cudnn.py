@@ -17,15 +17,6 @@ def takes(q: Array) -> bool:
     return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
-@functools.cache
-def present() -> bool:
-    """Whether cuDNN can be traced in this process (the platform is chosen later, at lowering)."""
-    try:
-        return bool(jax.devices("cuda"))
-    except RuntimeError:
-        return False
-
-
 def check(q: Array) -> None:
     """ValueError unless `takes`."""
     if not takes(q):

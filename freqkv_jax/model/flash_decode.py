@@ -5,7 +5,6 @@ bandwidth it reached a quarter with 32 heads of 128. This reads the live slots o
 Pallas' Triton backend; where it is gone, or a shape does not suit, XLA's form takes over.
 """
 
-import contextlib
 import functools
 import math
 from typing import Any
@@ -15,12 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from freqkv_jax.model import cudnn
+from freqkv_jax import nvidia
 from freqkv_jax.model.attention import attend_cache
-
-triton: Any = None  # where JAX has no such backend any more
-with contextlib.suppress(ImportError):
-    from jax.experimental.pallas import triton
+from freqkv_jax.nvidia import triton
 
 BLOCK = 64  # slots that a program holds at a time
 PROGRAMS = 512  # about so many share the slots of all rows: a few for each of the GPU's processors
@@ -42,7 +38,7 @@ def attend_rows(
     """
     kernel = functools.partial(flash_rows, num_heads=num_heads)
     plain = functools.partial(_plain, num_heads=num_heads)
-    special = {"cuda": kernel} if suits(num_heads, q, k) and triton and cudnn.present() else {}
+    special = {"cuda": kernel} if suits(num_heads, q, k) and triton and nvidia.present() else {}
     return jax.lax.platform_dependent(q, k, v, fill, default=plain, **special)
 
 

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from freqkv_jax import nvidia
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import KVPolicy
 from freqkv_jax.kv.policy import Memory
-from freqkv_jax.model import cudnn, matvec
-from freqkv_jax.model.flash_decode import attend_one, triton
+from freqkv_jax.model import matvec
+from freqkv_jax.model.flash_decode import attend_one
+from freqkv_jax.nvidia import triton
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import mesh_of
 
@@ -83,7 +85,7 @@ def pays(params: Any, batch: int) -> bool:
 
     On a CPU, which starts no kernels, it takes as long either way; elsewhere it was not timed.
     """
-    if batch != 1 or is_fused(params) or mesh_of(params) is not None or not cudnn.present():
+    if batch != 1 or is_fused(params) or mesh_of(params) is not None or not nvidia.present():
         return False
     leaf = jax.tree.leaves(params)[0]
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
@@ -181,7 +183,7 @@ def _by_triton(linear: Any) -> bool:
     """Whether a product goes through `matvec` where the program is lowered for an NVIDIA GPU."""
     # Not int8: so a 7B step took 4.076 ms on an H100, and 3.937 with XLA's row sums (bfloat16:
     # 5.649 and 5.753).
-    return "scale" not in linear and triton is not None and cudnn.present()
+    return "scale" not in linear and triton is not None and nvidia.present()
 
 
 def _normed_pairs(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from freqkv_jax.model.flash_decode import triton
+from freqkv_jax.nvidia import triton
 
 WIDTH = 1024  # columns that a program reads at a time
 PROGRAMS = 264  # at least, where a kernel has so many rows: two for each processor of a Hopper

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from freqkv_jax import nvidia
 from freqkv_jax.model import attention, cudnn
 from freqkv_jax.model.attention import attend, attend_behind, attend_cache
 from tests.tolerances import BF16_PRIMITIVE_REL_L2, GRAD_REL_L2, PRIMITIVE, assert_close, rel_l2
@@ -144,7 +145,7 @@ def test_the_platform_of_the_program_decides_not_that_of_this_process(dtype):
 
 
 def test_cuda_without_nvidia_in_this_process_falls_back(monkeypatch):
-    monkeypatch.setattr(cudnn, "present", lambda: False)
+    monkeypatch.setattr(nvidia, "present", lambda: False)
     assert "custom_call" not in lowered_for("cuda", "bfloat16")
 
 
@@ -156,7 +157,7 @@ def test_cuda_takes_cudnn_in_half_precision_only(monkeypatch, dtype, chosen):
         calls.append(q.dtype)
         return attention.blocked(q, k, v)
 
-    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(nvidia, "present", lambda: True)
     monkeypatch.setattr(cudnn, "causal", causal)
     args = inputs(4, 8, (4, 2), 64, dtype)
     # A new function each time: a cached trace would not see the replacement.
@@ -250,7 +251,7 @@ def test_cuda_attends_the_parts_apart(monkeypatch, old, internals, apart):
         calls.append(q.dtype)
         return q
 
-    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(nvidia, "present", lambda: True)
     monkeypatch.setattr(cudnn, "has_parts", lambda: internals)
     monkeypatch.setattr(cudnn, "behind", behind)
     monkeypatch.setattr(cudnn, "causal", attention.blocked)

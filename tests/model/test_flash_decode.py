@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import freqkv_jax as fk
+from freqkv_jax import nvidia
 from freqkv_jax.kv.state import empty_state
-from freqkv_jax.model import cudnn, flash_decode
+from freqkv_jax.model import flash_decode
 from freqkv_jax.model.attention import attend_cache
 from freqkv_jax.sharding import make_mesh
 from tests.tiny import random_params, tiny_config
@@ -109,7 +110,7 @@ def test_half_precision_and_dead_slots():
 )
 def test_what_it_takes(shape, dtype, taken, monkeypatch):
     """Traced only: lowering for a GPU needs to know one."""
-    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(nvidia, "present", lambda: True)
     q, k, v = inputs(*shape, dtype)
     made = str(
         jax.make_jaxpr(lambda *a: flash_decode.attend_one(*a, shape[0]))(q, k, v, jnp.int32(5))
@@ -123,7 +124,7 @@ def test_what_it_takes(shape, dtype, taken, monkeypatch):
 
 
 def test_a_cpu_runs_the_plain_form(monkeypatch):
-    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(nvidia, "present", lambda: True)
     rows, k, v = inputs(8, 2, 64, 2 * BLOCK, "bfloat16")
     got = jax.jit(lambda *a: flash_decode.attend_one(*a, 4))(rows, k, v, jnp.int32(5))
     np.testing.assert_array_equal(got, jax.jit(plain)(rows[:4], k, v, jnp.int32(5)))
@@ -136,7 +137,7 @@ def test_a_cpu_runs_the_plain_form(monkeypatch):
 @pytest.mark.parametrize("fill", [5, [5, 70]])
 def test_derivatives_are_those_of_the_plain_form(fill, monkeypatch):
     """Of a loop, too: the kernel is traced but never differentiated."""
-    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(nvidia, "present", lambda: True)
     q, k, v = inputs(4, 2, 64, 2 * BLOCK, "bfloat16", batch=(2,))
     fill = jnp.asarray(fill, jnp.int32)
 
@@ -156,7 +157,7 @@ def test_derivatives_are_those_of_the_plain_form(fill, monkeypatch):
 
 def test_where_a_model_takes_it(monkeypatch):
     """For one token a row of several rows, and not on a mesh. Traced only."""
-    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(nvidia, "present", lambda: True)
     config = tiny_config(4, 2, head_dim=64)
     model = fk.Llama(config, fk.FreqKVConfig(BLOCK, 4), "bfloat16", "blocked")  # else cuDNN's
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_params(config))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import freqkv_jax as fk
+from freqkv_jax import nvidia
 from freqkv_jax.kv.policy import policy_from_args
-from freqkv_jax.model import cudnn, fused
+from freqkv_jax.model import fused
 from tests.tiny import random_params, random_tokens, tiny_config
 from tests.tolerances import BF16_REL_L2, LOGITS, assert_close, rel_l2
 
@@ -120,14 +121,14 @@ def test_what_fuse_gives_and_when_it_pays(monkeypatch):
     assert tree["embed"] is plain["embed"] and tree["lm_head"] is plain["lm_head"]
     assert sum(map(np.size, jax.tree.leaves(tree))) == sum(map(np.size, jax.tree.leaves(plain)))
     assert not fused.pays(plain, 1)  # on a CPU, also beside a GPU
-    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(nvidia, "present", lambda: True)
     assert not fused.pays(plain, 1)
     # Trees that lie nowhere yet are for the default device.
     nowhere = jax.eval_shape(lambda: plain)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert fused.pays(nowhere, 1)
     assert not fused.pays(nowhere, 2) and not fused.pays(jax.eval_shape(lambda: tree), 1)
-    monkeypatch.setattr(cudnn, "present", lambda: False)  # a GPU that is not NVIDIA's
+    monkeypatch.setattr(nvidia, "present", lambda: False)  # a GPU that is not NVIDIA's
     assert not fused.pays(nowhere, 1)
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freqkv_jax.model import cudnn, fused, matvec
+from freqkv_jax import nvidia
+from freqkv_jax.model import fused, matvec
 from tests.tiny import tiny_config
 from tests.tolerances import BF16_PRIMITIVE_REL_L2, PRIMITIVE, assert_close, rel_l2
 
@@ -79,7 +80,7 @@ def test_who_makes_a_product(weights, monkeypatch):
     linear = {"rows": rows} if weights is None else fused._int8(rows)
     y = jnp.ones(60, jnp.float32)
     for there in (False, True):
-        monkeypatch.setattr(cudnn, "present", lambda there=there: there)
+        monkeypatch.setattr(nvidia, "present", lambda there=there: there)
         made = str(jax.make_jaxpr(both(linear, extra, pairs))(x, norm, y))
         assert made.count("pallas_call") == (2 if there and weights is None else 0)
 
@@ -90,7 +91,7 @@ def test_a_cpu_sums_along_rows(monkeypatch):
     linear, y = {"rows": rows}, jnp.ones(60, jnp.float32)
     # A function of its own for each trace, which JAX would else remember.
     want = jax.jit(both(linear, extra, pairs))(x, norm, y)
-    monkeypatch.setattr(cudnn, "present", lambda: True)
+    monkeypatch.setattr(nvidia, "present", lambda: True)
     got = jax.jit(both(linear, extra, pairs))(x, norm, y)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     first, second = fused._normed_products(x, norm, CONFIG, linear, pairs)
