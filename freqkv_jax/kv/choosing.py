@@ -107,6 +107,8 @@ class ChoosingPolicy(KVPolicy):
 
     def make_room(self, memory: Memory, rope: Rope, maps: Maps) -> Memory:
         """Chooses from the keys turned back, and moves what stays to its new slots."""
+        if nvidia.suits(memory.k):
+            return self._make_room_by_rounds(memory, rope, maps)
         with jax.named_scope("make_room"):
             middle = slice(self.sink_size, self.cache_size - self.recent_size)
             k, v = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in memory)
@@ -139,6 +141,20 @@ class ChoosingPolicy(KVPolicy):
             first = (jnp.swapaxes(memory.k, 1, 2), jnp.swapaxes(memory.v, 1, 2))
             caches = self._rounds(rope)(first, tokens, maps)
             return ChunkCaches(*caches, memory_after(memory, caches, tokens, counts))
+
+    def _make_room_by_rounds(self, memory: Slots, rope: Rope, maps: Maps) -> Slots:
+        """`make_room` by the kernels of `chunk_caches`: sums in another order may turn a near tie,
+        and both forms of a model are to choose alike."""
+        with jax.named_scope("make_room"):
+            first = (jnp.swapaxes(memory.k, 1, 2), jnp.swapaxes(memory.v, 1, 2))
+            batch, _, *entry = first[0].shape
+            none = jnp.zeros((batch, 1, self.chunk, *entry), memory.k.dtype)  # not asked for
+            left = self._rounds(rope)(first, (none, none), maps)
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(x, jnp.swapaxes(y[:, 0], 1, 2), 0, axis=2)
+                for x, y in zip(memory, left, strict=True)
+            )
+            return Slots(k, v)
 
     def _rounds(self, rope: Rope) -> Callable[..., Parts]:
         """Full caches [B, N, K, D] and the tokens of C chunks [B, C, Q, K, D] to the caches before
@@ -175,17 +191,21 @@ class ChoosingPolicy(KVPolicy):
     def _plain_rounds(
         self, first: Parts, tokens: Parts, maps: Maps, rope: Rope
     ) -> tuple[Parts, Array]:
-        def old_of(full: Parts) -> Array:
-            start, stop = self.sink_size, self.cache_size - self.recent_size
-            k, v = (jnp.swapaxes(x[:, start:stop].astype(jnp.float32), 1, 2) for x in full)
-            angles = rope.angles(jnp.arange(start, stop, dtype=jnp.int32))[None, None]
-            return self._with_sinks(self.choose(rope.rotate(k, angles, inverse=True), v, maps))
+        def who(full: Parts, _: None) -> Array:
+            return self._with_sinks(self._choose_among(full, rope, maps))
 
-        return _scanned(first, tokens, None, lambda full, _: (old_of(full), rope))
+        return _scanned(first, tokens, None, who, rope)
 
     def _moves(self, first: Parts, tokens: Parts, rope: Rope, old: Array) -> Parts:
         """The rounds, given who stays in each: int [C, B, K, P]."""
-        return _scanned(first, tokens, old, lambda _, old: (old, rope))[0]
+        return _scanned(first, tokens, old, lambda _, old: old, rope)[0]
+
+    def _choose_among(self, full: Parts, rope: Rope, maps: Maps) -> Array:
+        """`choose` of full caches [B, N, K, D]."""
+        start, stop = self.sink_size, self.cache_size - self.recent_size
+        k, v = (jnp.swapaxes(x[:, start:stop].astype(jnp.float32), 1, 2) for x in full)
+        angles = rope.angles(jnp.arange(start, stop, dtype=jnp.int32))[None, None]
+        return self.choose(rope.rotate(k, angles, inverse=True), v, maps)
 
     def _cuda_rounds(
         self, first: Parts, tokens: Parts, maps: Maps, rope: Rope
@@ -217,16 +237,14 @@ class ChoosingPolicy(KVPolicy):
 
     def chooser_on_gpu(self, rope: Rope, maps: Maps) -> Callable[[choosing_cuda.Full], Array]:
         """`choose`, given where full caches lie; a subclass may have kernels for it."""
-        start, stop = self.sink_size, self.cache_size - self.recent_size
-        angles = rope.angles(jnp.arange(start, stop, dtype=jnp.int32))[None, None]
 
         def choose(full: choosing_cuda.Full) -> Array:
+            at = full.index[0]
             k, v = (
-                jnp.concatenate([cache[:, full.index[0]], new[:, full.index[0]]], axis=1)
+                jnp.concatenate([cache[:, at], new[:, at]], axis=1)
                 for cache, new in ((full.k, full.k_new), (full.v, full.v_new))
             )
-            k, v = (jnp.swapaxes(x[:, start:stop].astype(jnp.float32), 1, 2) for x in (k, v))
-            return self.choose(rope.rotate(k, angles, inverse=True), v, maps)
+            return self._choose_among((k, v), rope, maps)
 
         return choose
 
@@ -258,18 +276,17 @@ class ChoosingPolicy(KVPolicy):
 
 
 def _scanned(
-    first: Parts, tokens: Parts, given: Any, round_of: Callable[[Parts, Any], tuple[Array, Rope]]
+    first: Parts, tokens: Parts, given: Any, who: Callable[[Parts, Any], Array], rope: Rope
 ) -> tuple[Parts, Array]:
     """Rounds on full caches [B, N, K, D]: all that is left before each chunk, [B, C, P, K, D], and
     who that was, int [C, B, K, P].
 
     Args:
-      given: what each round is given, [C, ...]. round_of: the slots that stay of a full cache, and
-        the rotation.
+      given: what each round is given, [C, ...]. who: the slots that stay of a full cache.
     """
 
     def left(full: Parts, given: Any) -> tuple[Parts, tuple[Parts, Array]]:
-        old, rope = round_of(full, given)
+        old = who(full, given)
         at = jnp.swapaxes(old, 1, 2)
         k, v = (jnp.take_along_axis(x, at[..., None], axis=1, mode="clip") for x in full)
         new = jnp.arange(at.shape[1], dtype=jnp.int32)[None, :, None]

@@ -18,7 +18,9 @@ from freqkv_jax import nvidia
 from freqkv_jax.nvidia import columns, exact_dot, load, triton
 
 TILE = 32  # entries that a program holds at a time
-PROGRAMS = 1056  # about so many share the entries that are scored: eight a processor of a Hopper
+# About so many programs share the entries of a text that are scored, eight a processor of a Hopper.
+# How many texts there are must not change in which order sums are taken.
+PROGRAMS = 1056
 LEAST = 16  # rows that a product of Triton's takes
 
 
@@ -140,7 +142,7 @@ def novelty(
     """
     batch, _, _, heads, dim = full.k.shape
     rows, size = basis.shape
-    parts = max(1, min(-(-size // TILE), PROGRAMS // (batch * heads)))
+    parts = max(1, min(-(-size // TILE), PROGRAMS // heads))
     length = -(-size // (parts * TILE)) * TILE  # entries of a program
     parts = -(-size // length)
     grid = (batch, heads, parts)

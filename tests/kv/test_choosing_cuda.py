@@ -10,6 +10,7 @@ import pytest
 from freqkv_jax import nvidia
 from freqkv_jax.config import RopeConfig
 from freqkv_jax.kv import KeyNormConfig, SpectralNoveltyConfig
+from freqkv_jax.kv.policy import Slots
 from freqkv_jax.rope import Rope
 
 ROPE = Rope(RopeConfig(1e4), 64)
@@ -52,6 +53,21 @@ def test_the_rounds_are_the_plain_ones(kv, chunks, interpreted):
     wide, other = (np.asarray(x, np.float32) for x in (k, plain[0][0]))
     assert np.abs(wide - other).max() <= 2**-6 and (wide != other).mean() < 1e-3
     assert not np.isnan(wide).any()
+
+
+def test_making_room_is_a_round(interpreted, monkeypatch):
+    """The same kernels: streaming and parallel form choose alike to the bit."""
+    kv = POLICIES[0]
+    first, tokens, maps = arguments(kv, 1)
+    memory = Slots(*(jnp.swapaxes(x, 1, 2) for x in first))
+    plain = kv.make_room(memory, ROPE, maps)
+    monkeypatch.setattr(nvidia, "suits", lambda x: True)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
+    caches = kv._rounds(ROPE)(first, tokens, maps)
+    made = kv.make_room(memory, ROPE, maps)
+    for x, cache, other in zip(made, caches, plain, strict=True):
+        np.testing.assert_array_equal(x[:, :, : kv.prefix], jnp.swapaxes(cache[:, 0], 1, 2))
+        assert np.abs(np.asarray(x - other, np.float32)[:, :, : kv.prefix]).max() <= 2**-6
 
 
 def test_what_is_taken(monkeypatch):
