@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from freqkv_jax.sharding import AXES, axis_size
+from freqkv_jax.sharding import on_one_device
 
 INTERPRET = False  # tests set it: kernels then run on a CPU, slowly
 
@@ -37,8 +37,7 @@ def suits(x: Array) -> bool:
     """Whether the kernels of cache policies take entries like x [..., D]: half precision, heads
     that Triton's blocks fit, on one device (XLA cannot split a kernel), with an NVIDIA GPU here."""
     half = x.dtype in (jnp.bfloat16, jnp.float16) and x.shape[-1] in (64, 128, 256)
-    alone = all(axis_size(axis) == 1 for axis in AXES)
-    return bool(half and alone and triton and present())
+    return bool(half and on_one_device() and triton and present())
 
 
 def call(kernel: Any, grid: tuple[int, ...], out_shape: Any, **options: Any) -> Any:

@@ -51,6 +51,11 @@ class Rope:
         freq = jnp.asarray(self.frequencies).reshape((1,) * positions.ndim + (-1,))
         return positions[..., None].astype(jnp.float32) * freq
 
+    def turns(self, positions: Int[Array, "*n"]) -> tuple[Array, Array]:
+        """Cosine and sine of `angles`."""
+        angles = self.angles(positions)
+        return jnp.cos(angles), jnp.sin(angles)
+
     @staticmethod
     def rotate(x: Array, angles: Array, inverse: bool = False) -> Array:
         """Turns x [..., D] by angles [..., D/2] (same rank); float32 inside, x's dtype out.

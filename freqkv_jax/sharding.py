@@ -325,6 +325,12 @@ def splits_weights() -> bool:
     return axis_size("fsdp") > 1
 
 
+def on_one_device() -> bool:
+    """Whether no mesh of several devices is set, whatever its axes are called."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh is None or mesh.empty or mesh.size == 1
+
+
 def axis_size(axis: str) -> int:
     """The size of an axis of the mesh that is set; 1 where there is none."""
     mesh = jax.sharding.get_abstract_mesh()

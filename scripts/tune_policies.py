@@ -124,7 +124,9 @@ def tune(args: argparse.Namespace, suite: Mapping[str, Any], policy: str, seed: 
         figures = train(args, suite["policies"][policy], policy, seed, folder)
         evaluate(args, evaluation, folder)
         for name, place in places.items():
-            write_text(place, (folder / "results" / result_file(name, label)).read_text())
+            write_text(
+                place, (folder / "results" / result_file(name, label)).read_text(encoding="utf-8")
+            )
         write_text(about, json.dumps(figures, indent=1) + "\n")
     if not args.keep:
         shutil.rmtree(folder, ignore_errors=True)
@@ -180,7 +182,9 @@ def train(
     kept = folder / "seconds.json"
     if anew:
         write_text(kept, f"{time.monotonic() - begin:.1f}")
-    seconds = json.loads(kept.read_text()) if kept.exists() else None  # it was broken off
+    seconds = (
+        json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
+    )  # it was broken off
     return {"policy": policy, "seed": seed, "seconds": seconds} | summary(folder)
 
 
@@ -195,7 +199,7 @@ def call(*words: str) -> None:
 
 def summary(folder: Path) -> dict[str, Any]:
     """Loss and speed of a finished run, and its whole config."""
-    config = yaml.safe_load((folder / CONFIG).read_text())
+    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     steps = [record for record in read_lines(folder / METRICS) if "loss" in record]
     speeds = [r["tokens_per_second"] for r in steps if r["tokens_per_second"]]
     sizes = config["train"]
@@ -222,7 +226,9 @@ Figure = dict[str, dict[int, Series]]  # policy -> seed -> what was measured
 
 def tables(output: Path, untuned: Path | None) -> Iterator[Block]:
     """What tuning did, a table for each figure, and perplexity by position."""
-    pairs = [json.loads(path.read_text()) for path in output.glob("train-*-s*.json")]
+    pairs = [
+        json.loads(path.read_text(encoding="utf-8")) for path in output.glob("train-*-s*.json")
+    ]
     order = {name: place for place, name in enumerate(POLICIES)}
     pairs.sort(key=lambda d: (order.get(d["policy"], len(order)), d["policy"], d["seed"]))
     files = {run: {} for run in RUNS}
@@ -318,13 +324,16 @@ def positions(files: Mapping[str, Mapping[int, Path]], untuned: Path | None) -> 
     """Perplexity by position in the longest windows, not tuned and tuned."""
     run, rows, columns = "perplexity-64k", [], []
     for policy, of_seed in files.items():
-        tuned = [json.loads(path.read_text())["losses_by_position"] for path in of_seed.values()]
+        tuned = [
+            json.loads(path.read_text(encoding="utf-8"))["losses_by_position"]
+            for path in of_seed.values()
+        ]
         columns = [f"{place['from']} to {place['to']}" for place in tuned[0]]
         places = zip(*tuned, strict=True)
         cells = [f"{math.exp(np.mean([p['loss'] for p in place])):.2f}" for place in places]
         path = untuned / result_file(run, policy) if untuned else None
         if path and path.exists():
-            before = json.loads(path.read_text())["losses_by_position"]
+            before = json.loads(path.read_text(encoding="utf-8"))["losses_by_position"]
             pairs = zip(before, cells, strict=True)
             cells = [f"{math.exp(place['loss']):.2f} \u2192 {cell}" for place, cell in pairs]
         rows.append([policy, *cells])

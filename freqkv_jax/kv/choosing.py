@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from freqkv_jax import nvidia
@@ -16,6 +17,7 @@ from freqkv_jax.kv.policy import (
     KVPolicy,
     Maps,
     Memory,
+    Parts,
     Slots,
     memory_after,
     whole_number,
@@ -25,8 +27,6 @@ from freqkv_jax.rope import Rope
 # Scores are compared on this grid. Equal tokens have equal keys in the first layer, and what
 # turning them to different slots and back leaves of that (1e-7 in float32) must not decide.
 GRID = 2.0**-14
-
-Parts = tuple[Array, Array]  # of keys and of values
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ChoosingPolicy(KVPolicy):
 
     def make_room(self, memory: Memory, rope: Rope, maps: Maps) -> Memory:
         """Chooses from the keys turned back, and moves what stays to its new slots."""
-        if nvidia.suits(memory.k):
+        if self._has_kernels(memory.k):
             return self._make_room_by_rounds(memory, rope, maps)
         with jax.named_scope("make_room"):
             middle = slice(self.sink_size, self.cache_size - self.recent_size)
@@ -156,37 +156,31 @@ class ChoosingPolicy(KVPolicy):
             )
             return Slots(k, v)
 
+    def _has_kernels(self, x: Array) -> bool:
+        return self.prefix > 0 and nvidia.suits(x)
+
     def _rounds(self, rope: Rope) -> Callable[..., Parts]:
         """Full caches [B, N, K, D] and the tokens of C chunks [B, C, Q, K, D] to the caches before
-        these, [B, C, P, K, D]. Backward it is known who stayed: nothing is chosen again, and of
-        the numbers nothing is kept, for moves are linear."""
+        these, [B, C, P, K, D]. Given who stays, rounds are linear: all that the backward pass needs
+        of them. (Rematerialisation makes it choose again.)"""
 
-        def forms(first: Parts, tokens: Parts, maps: Maps) -> tuple[Parts, Array]:
+        @jax.custom_jvp
+        def rounds(first: Parts, tokens: Parts, maps: Maps) -> tuple[Parts, Array]:
             plain = functools.partial(self._plain_rounds, rope=rope)
-            if not nvidia.suits(first[0]):
+            if not self._has_kernels(first[0]):
                 return plain(first, tokens, maps)
             cuda = functools.partial(self._cuda_rounds, rope=rope)
             return jax.lax.platform_dependent(first, tokens, maps, cuda=cuda, default=plain)
 
-        @jax.custom_vjp
-        def rounds(first: Parts, tokens: Parts, maps: Maps) -> Parts:
-            return forms(first, tokens, maps)[0]
+        @rounds.defjvp
+        def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+            first, tokens, maps = primals
+            caches, old = rounds(first, tokens, maps)
+            first, tokens, _ = tangents
+            along = _scanned(first, tokens, old, lambda _, old: old, rope)[0]
+            return (caches, old), (along, np.zeros(old.shape, jax.dtypes.float0))
 
-        def forward(first: Parts, tokens: Parts, maps: Maps) -> tuple[Parts, Any]:
-            caches, old = forms(first, tokens, maps)
-            return caches, (maps, old)
-
-        def backward(kept: Any, grads: Parts) -> tuple[Any, ...]:
-            maps, old = kept
-            batch, chunks, _, *entry = grads[0].shape
-            first = jnp.zeros((batch, self.capacity, *entry), grads[0].dtype)
-            tokens = jnp.zeros((batch, chunks, self.chunk, *entry), grads[0].dtype)
-            moves = functools.partial(self._moves, rope=rope, old=old)
-            pull = jax.vjp(moves, (first, first), (tokens, tokens))[1]
-            return *pull(grads), jax.tree.map(jnp.zeros_like, maps)
-
-        rounds.defvjp(forward, backward)
-        return rounds
+        return lambda first, tokens, maps: rounds(first, tokens, maps)[0]
 
     def _plain_rounds(
         self, first: Parts, tokens: Parts, maps: Maps, rope: Rope
@@ -195,10 +189,6 @@ class ChoosingPolicy(KVPolicy):
             return self._with_sinks(self._choose_among(full, rope, maps))
 
         return _scanned(first, tokens, None, who, rope)
-
-    def _moves(self, first: Parts, tokens: Parts, rope: Rope, old: Array) -> Parts:
-        """The rounds, given who stays in each: int [C, B, K, P]."""
-        return _scanned(first, tokens, old, lambda _, old: old, rope)[0]
 
     def _choose_among(self, full: Parts, rope: Rope, maps: Maps) -> Array:
         """`choose` of full caches [B, N, K, D]."""
@@ -211,7 +201,7 @@ class ChoosingPolicy(KVPolicy):
         self, first: Parts, tokens: Parts, maps: Maps, rope: Rope
     ) -> tuple[Parts, Array]:
         chunks = tokens[0].shape[1]
-        turns = _cos_sin(rope.angles(-jnp.arange(self.chunk + 1, dtype=jnp.int32)))
+        turns = rope.turns(-jnp.arange(self.chunk + 1, dtype=jnp.int32))
         k, v = (x[:, None] for x in first)
         before, behind = slice(self.prefix), slice(self.prefix, None)
         choose = self.chooser_on_gpu(rope, maps)
@@ -298,15 +288,13 @@ def _scanned(
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(now, new, strict=True))
         return left((k, v), given)
 
+    if given is not None:  # a derivative, to which else the sines of all rounds would be handed
+        one_round = jax.checkpoint(one_round, prevent_cse=False)
     now, start = left(first, jax.tree.map(lambda x: x[0], given))
     xs = (*(jnp.swapaxes(x[:, :-1], 0, 1) for x in tokens), jax.tree.map(lambda x: x[1:], given))
     _, rest = jax.lax.scan(one_round, now, xs)
     (k, v), old = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), start, rest)
     return (jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)), old
-
-
-def _cos_sin(angles: Array) -> Parts:
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 def highest(score: Array, count: int) -> Array:

@@ -22,6 +22,7 @@ TILE = 32  # entries that a program holds at a time
 # How many texts there are must not change in which order sums are taken.
 PROGRAMS = 1056
 LEAST = 16  # rows that a product of Triton's takes
+MOST_NUMBERS = 64 * 128  # of a low-pass's components: more than was tried on a GPU
 
 
 class Full(NamedTuple):
@@ -37,11 +38,6 @@ class Full(NamedTuple):
     k_new: Array
     v_new: Array
     index: Array
-
-    @property
-    def prefix(self) -> int:
-        """P."""
-        return self.k.shape[2]
 
 
 def moved(
@@ -120,6 +116,11 @@ def _entries(
     place = jnp.where(cached, 0, slot - prefix)[:, None]
     new = load(new_ref.at[row, index, place, head, some], ~cached & inside, shape)
     return jnp.where(jnp.broadcast_to(cached[:, None], shape), old, new)
+
+
+def scores_fit(num_bands: int, head_dim: int) -> bool:
+    """Whether `novelty` holds so many rows in a program's registers."""
+    return max(LEAST, pl.next_power_of_2(num_bands)) * head_dim <= MOST_NUMBERS
 
 
 def padded(basis: Float[Array, "F m"]) -> Float[Array, "F m"]:

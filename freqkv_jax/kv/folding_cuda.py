@@ -16,7 +16,11 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from freqkv_jax import nvidia
+from freqkv_jax.folding import product
+from freqkv_jax.kv.linear import UNROLLED
+from freqkv_jax.kv.policy import Slots
 from freqkv_jax.nvidia import columns, load, triton
+from freqkv_jax.rope import Rope
 
 TILE = 32  # entries, or pairs of entries, that a program holds at a time
 NOWHERE = 1 << 30  # a place that is masked: the interpreter drops it
@@ -37,20 +41,55 @@ class Stream(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """S, L and P of the policy, and columns of the folded map."""
+    """S, L and P of a policy whose chunk has as many tokens as a round keeps of the span."""
 
     sink: int
     keep: int
     prefix: int
-    cols: int
 
 
-def first_fold(stream: Stream, sizes: Sizes) -> Float[Array, "2 cols 2 B K D"]:
+def rounds(
+    memory: Slots, k: Array, v: Array, stacked: Array, sizes: Sizes, rope: Rope
+) -> tuple[Array, Array]:
+    """`LinearPolicy.chunk_caches`: the caches of all chunks, [B, C, P, K, D].
+
+    Args:
+      memory: full. k: [B, C, Q, K, D], not rotated. v: the same shape. stacked: the folded map.
+    """
+    batch, chunks, size = k.shape[:3]
+    stacked, sink = stacked.astype(k.dtype), sizes.sink
+    k, v = (x.reshape(batch, chunks * size, *x.shape[3:]) for x in (k, v))
+    stream = Stream(rope.rotate_slots(memory.k, inverse=True), memory.v, k, v)
+    sinks = memory.k[:, :, :sink], memory.v[:, :, :sink]
+    turns = rope.turns(jnp.arange(sizes.prefix, dtype=jnp.int32))
+
+    def written(folded: Array, index: Array, into: Any, folds: bool) -> tuple[Array, ...]:
+        halves = product(stacked, folded)
+        cols = stacked.shape[2] if folds else None
+        return write(stream, sinks, halves, turns, sizes, index, into, cols)
+
+    def one_round(now: tuple[Any, Array], index: Array) -> tuple[Any, None]:
+        k, v, folded = written(now[1], index, now[0], True)
+        return ((k, v), folded), None
+
+    index = jnp.arange(chunks, dtype=jnp.int32)[:, None]
+    first = written(first_fold(stream, sizes, stacked.shape[2]), index[0], chunks, chunks > 1)
+    if chunks == 1:
+        return first[0], first[1]
+    now = (first[0], first[1]), first[2]
+    # A turn of a loop costs the device some 30 us of waiting.
+    unroll = UNROLLED if chunks <= UNROLLED else 4
+    (into, folded), _ = jax.lax.scan(one_round, now, index[1:-1], unroll=unroll)
+    last = written(folded, index[-1], into, False)
+    return last[0], last[1]
+
+
+def first_fold(stream: Stream, sizes: Sizes, cols: int) -> Float[Array, "2 cols 2 B K D"]:
     """Even and odd part of the first round's spans: L entries behind the sinks of the full cache,
     and the L that follow."""
     batch, heads, _, dim = stream.k_first.shape
-    shape = jax.ShapeDtypeStruct((2, sizes.cols, 2, batch, heads, dim), stream.k.dtype)
-    grid = (-(-sizes.cols // TILE), heads, batch)
+    shape = jax.ShapeDtypeStruct((2, cols, 2, batch, heads, dim), stream.k.dtype)
+    grid = (-(-cols // TILE), heads, batch)
     return nvidia.call(functools.partial(_first_fold, sizes=sizes), grid, shape)(*stream)
 
 
@@ -58,9 +97,9 @@ def _first_fold(*refs: Any, sizes: Sizes) -> None:
     """TILE entries of a head's even and odd part, of keys and of values."""
     *given, out_ref = refs
     tile, head, row = (pl.program_id(axis) for axis in range(3))
-    dim = out_ref.shape[5]
+    cols, dim = out_ref.shape[1], out_ref.shape[5]
     here = tile * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
-    inside = here < sizes.cols
+    inside = here < cols
     # What stands behind the span meets zeros of the map: any entry will do.
     place = jnp.minimum(here, sizes.keep - 1)
     for which in range(2):
@@ -91,7 +130,7 @@ def write(
     sizes: Sizes,
     index: Array,
     into: tuple[Array, Array] | int,
-    folds: bool,
+    cols: int | None,
 ) -> tuple[Array, ...]:
     """Caches [B, C, P, K, D] with that of chunk `index` written: sinks, mapped entries, recents.
 
@@ -99,23 +138,23 @@ def write(
       sinks: as they rest. halves: what the product gave. turns: cosine and sine of the angles of
         all P slots. index: int32 [1].
       into: the caches, which are written in place; or C, for new ones that hold nothing else.
-      folds: the result has a third array, `first_fold` of the round that follows.
+      cols: if given, the result has a third array, `first_fold` of the round that follows.
     """
     batch, heads, _, dim = stream.k_first.shape
     chunks = into if isinstance(into, int) else into[0].shape[1]
     dtype = stream.k.dtype
     shapes = [jax.ShapeDtypeStruct((batch, chunks, sizes.prefix, heads, dim), dtype)] * 2
-    if folds:
-        shapes.append(jax.ShapeDtypeStruct((2, sizes.cols, 2, batch, heads, dim), dtype))
+    if cols is not None:
+        shapes.append(jax.ShapeDtypeStruct((2, cols, 2, batch, heads, dim), dtype))
     given = [index, *stream, *sinks, halves, *turns]
     aliases = {}
     if not isinstance(into, int):
         aliases = {len(given): 0, len(given) + 1: 1}
         given += into
     pairs = -(-((sizes.keep + 1) // 2) // TILE)
-    others = max(sizes.prefix - sizes.keep, sizes.cols - sizes.keep)
+    others = max(sizes.prefix, cols or 0) - sizes.keep
     return nvidia.call(
-        functools.partial(_write, sizes=sizes, pairs=pairs, folds=folds),
+        functools.partial(_write, sizes=sizes, pairs=pairs, folds=cols is not None),
         (pairs + -(-others // TILE), heads, batch),
         shapes,
         input_output_aliases=aliases,
@@ -206,7 +245,7 @@ def _write_others(
             behind = place + sizes.keep
             for start in (0, half):
                 zeros = jnp.zeros((TILE, half), jnp.float32)
-                mask = behind < sizes.cols
+                mask = behind < outs[2].shape[1]
                 _store_folded(outs[2], zeros, zeros, behind, mask, (which, *at), (start, half))
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from freqkv_jax import folding, nvidia, spectral
 from freqkv_jax.folding import MAPPED
 from freqkv_jax.kv import folding_cuda
-from freqkv_jax.kv.linear import UNROLLED, LinearPolicy, Parts
+from freqkv_jax.kv.linear import LinearPolicy, Parts
 from freqkv_jax.kv.policy import ChunkCaches, Maps, Memory, memory_after, register
 from freqkv_jax.rope import Rope
 
@@ -116,59 +116,30 @@ class FreqKVConfig(LinearPolicy):
             return ChunkCaches(*caches, memory_after(memory, caches, tokens, counts))
 
     def _rounds(self, rope: Rope) -> Callable[[Memory, Array, Array, Maps], Parts]:
-        """The caches of all chunks, [B, C, P, K, D]; backward in the base class's form, of which
-        nothing has to be kept, for the rounds are linear."""
+        """The caches of all chunks, [B, C, P, K, D], by kernels where the program is lowered for an
+        NVIDIA GPU; the derivative is the base class's form, for rounds are linear."""
 
         def plain(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
             seen = jnp.zeros(len(k), jnp.int32)  # not asked for
             caches = LinearPolicy.chunk_caches(self, memory, k, v, None, rope, maps, seen)
             return caches.k, caches.v
 
-        @jax.custom_vjp
+        def cuda(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
+            sizes = folding_cuda.Sizes(self.sink_size, self.keep, self.prefix)
+            return folding_cuda.rounds(memory, k, v, maps["stacked"], sizes, rope)
+
+        @jax.custom_jvp
         def rounds(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
-            cuda = functools.partial(self._cuda_rounds, rope=rope)
             return jax.lax.platform_dependent(memory, k, v, maps, cuda=cuda, default=plain)
 
-        def forward(memory: Memory, k: Array, v: Array, maps: Maps) -> tuple[Parts, Maps]:
-            k, v = rounds(memory, k, v, maps)
-            return (checkpoint_name(k, MAPPED), checkpoint_name(v, MAPPED)), maps
+        @rounds.defjvp
+        def _(primals: Any, tangents: Any) -> tuple[Parts, Parts]:
+            memory, k, v, maps = primals
+            caches = rounds(memory, k, v, maps)
+            if self.prefix <= 2 * self.chunk:  # else many times the tokens: not to be kept
+                caches = tuple(checkpoint_name(x, MAPPED) for x in caches)
+            nothing = jax.tree.map(jnp.zeros_like, tangents[:3])
+            along = jax.jvp(functools.partial(plain, maps=maps), nothing, tangents[:3])[1]
+            return caches, along
 
-        def backward(maps: Maps, grads: Parts) -> tuple[Any, ...]:
-            batch, chunks, _, heads, dim = grads[0].shape
-            dtype = grads[0].dtype
-            memory = self.init(batch, heads, dim, dtype)
-            some = jnp.zeros((batch, chunks, self.chunk, heads, dim), dtype)
-            pull = jax.vjp(functools.partial(plain, maps=maps), memory, some, some)[1]
-            return *pull(grads), jax.tree.map(jnp.zeros_like, maps)
-
-        rounds.defvjp(forward, backward)
         return rounds
-
-    def _cuda_rounds(self, memory: Memory, k: Array, v: Array, maps: Maps, rope: Rope) -> Parts:
-        batch, chunks, size = k.shape[:3]
-        stacked, sink = maps["stacked"].astype(k.dtype), self.sink_size
-        k, v = (x.reshape(batch, chunks * size, *x.shape[3:]) for x in (k, v))
-        turned_back = rope.rotate_slots(memory.k, inverse=True)
-        stream = folding_cuda.Stream(turned_back, memory.v, k, v)
-        sinks = memory.k[:, :, :sink], memory.v[:, :, :sink]
-        angles = rope.angles(jnp.arange(self.prefix, dtype=jnp.int32))
-        turns = jnp.cos(angles), jnp.sin(angles)
-        sizes = folding_cuda.Sizes(sink, self.keep, self.prefix, stacked.shape[2])
-
-        def written(folded: Array, index: Array, into: Any, folds: bool) -> tuple[Array, ...]:
-            halves = folding.product(stacked, folded)
-            return folding_cuda.write(stream, sinks, halves, turns, sizes, index, into, folds)
-
-        def one_round(now: tuple[Parts, Array], index: Array) -> tuple[Any, None]:
-            k, v, folded = written(now[1], index, now[0], True)
-            return ((k, v), folded), None
-
-        index = jnp.arange(chunks, dtype=jnp.int32)[:, None]
-        first = written(folding_cuda.first_fold(stream, sizes), index[0], chunks, chunks > 1)
-        if chunks == 1:
-            return first[0], first[1]
-        now = (first[0], first[1]), first[2]
-        # A turn of a loop costs the device some 30 us of waiting.
-        (into, folded), _ = jax.lax.scan(one_round, now, index[1:-1], unroll=UNROLLED)
-        last = written(folded, index[-1], into, False)
-        return last[0], last[1]

@@ -14,13 +14,13 @@ from freqkv_jax.kv.policy import (
     KVPolicy,
     Maps,
     Memory,
+    Parts,
     Slots,
     memory_after,
     whole_number,
 )
 from freqkv_jax.rope import Rope
 
-Parts = tuple[Array, Array]  # of keys and of values
 UNROLLED = 16  # rounds written out one by one; further ones run in a loop
 
 
@@ -145,8 +145,8 @@ class LinearPolicy(KVPolicy):
         with jax.named_scope("chunk_caches"):
             batch, chunks, size = k.shape[:3]
             start = self.prefix - self.recent
-            # Once, and not in each turn of a loop.
-            maps = {name: array.astype(k.dtype) for name, array in maps.items()}
+            # Once, and not in each turn of a loop. Maps are constants: they have no gradient.
+            maps = {n: jax.lax.stop_gradient(x).astype(k.dtype) for n, x in maps.items()}
             k_first = rope.rotate_slots(memory.k, inverse=True)
             firsts = _both(lambda x: jnp.swapaxes(x, 1, 2), (k_first, memory.v))
             # Sinks as they rest: turned back and forth they would be rounded.

@@ -110,13 +110,11 @@ class SpectralNoveltyConfig(ChoosingPolicy):
         return jnp.broadcast_to(chosen, k.shape[:3])
 
     def chooser_on_gpu(self, rope: Rope, maps: Maps) -> Callable[[choosing_cuda.Full], Array]:
-        """By kernels, unless values have a say."""
-        if self.by_value:
+        """By kernels, unless values have a say or bands are too many."""
+        if self.by_value or not choosing_cuda.scores_fit(self.bands, 2 * len(rope.frequencies)):
             return super().chooser_on_gpu(rope, maps)
         slots = jnp.arange(self.span, dtype=jnp.int32) + self.sink_size
-        angles = rope.angles(slots)
-        basis = choosing_cuda.padded(maps["basis"])
-        back = (jnp.cos(angles), jnp.sin(-angles))
+        basis, back = choosing_cuda.padded(maps["basis"]), rope.turns(-slots)
 
         def choose(full: choosing_cuda.Full) -> Array:
             score = choosing_cuda.novelty(full, basis, back, self.sink_size)

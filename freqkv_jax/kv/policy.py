@@ -17,6 +17,7 @@ from freqkv_jax.rope import Rope
 
 Memory = Any  # one layer's memory: a pytree that only its policy looks into; leaves are [B, K, ...]
 Maps = dict[str, Array]
+Parts = tuple[Array, Array]  # of keys and of values
 
 SomePolicy = TypeVar("SomePolicy", bound="KVPolicy")
 
@@ -212,8 +213,8 @@ def choose_rows(mask: Array, new: Memory, old: Memory) -> Memory:
 
 def memory_after(
     memory: Slots,
-    caches: tuple[Array, Array],
-    tokens: tuple[Array, Array],
+    caches: Parts,
+    tokens: Parts,
     counts: Array | None,
 ) -> Slots:
     """The memory in which each row ends, out of what stood before each chunk and its tokens.

@@ -12,11 +12,12 @@ from jaxtyping import Array
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import KVPolicy
 from freqkv_jax.kv.policy import Maps, Memory
+from freqkv_jax.model import cudnn
 from freqkv_jax.model.attention import attend, attend_behind, attend_cache
 from freqkv_jax.model.flash_decode import attend_rows
 from freqkv_jax.model.layers import ROWS, Linear
 from freqkv_jax.rope import Rope
-from freqkv_jax.sharding import BATCH_AXES, P, axis_size, constrain
+from freqkv_jax.sharding import BATCH_AXES, P, axis_size, constrain, on_one_device
 
 # Caches of a layer's chunks, on a device, that are held at once; 112 chunks of 256 tokens behind
 # 4096 slots of the 7B shape would be 7 GB.
@@ -109,11 +110,9 @@ class Attention(nn.Module):
         that it needs are attended.
         """
         size, total = self.kv.chunk, q.shape[1]
-        most = self._at_once(k) * size
         full = total // size * size
-        groups = -(-full // most)
-        each = -(-full // size // max(groups, 1)) * size  # tokens of a group, but the last
-        looped = full // each * each if groups > 1 else 0
+        each = _part(full // size, self._at_once(k)) * size  # tokens of a group, but the last
+        looped = full // each * each if each < full else 0
 
         def some(memory: Memory, start: int | Array, q: Array, k: Array, v: Array) -> Any:
             some = None if counts is None else jnp.clip(counts - start, 0, q.shape[1])
@@ -123,6 +122,7 @@ class Attention(nn.Module):
         if looped:
             out, memory = _one_by_one(some, memory, each, *(y[:, :looped] for y in (q, k, v)))
             outs.append(out)
+            some = jax.checkpoint(some, policy=cudnn.keeps)
         for start, stop in ((looped, full), (full, total)):
             if start < stop:
                 out, memory = some(memory, start, *(y[:, start:stop] for y in (q, k, v)))
@@ -192,22 +192,31 @@ class Attention(nn.Module):
             end = fill + x.shape[1]
             k_all, v_all = (jnp.swapaxes(y[:, :, :end], 1, 2) for y in (k_all, v_all))
             return self._merge(attend(q, k_all, v_all, self.backend)), memory
-        if x.shape[1] == 1 and _on_one_device():
+        if x.shape[1] == 1 and on_one_device():
             return self._merge(attend_rows(q, k_all, v_all, slot, q.shape[2])), memory
         return self._merge(attend_cache(q, k_all, v_all, fill)), memory
+
+
+def _part(chunks: int, most: int) -> int:
+    """Chunks of a group, `most` or fewer: a divisor of all of them, if a large one is."""
+    if chunks <= most:
+        return max(chunks, 1)
+    even = (size for size in range(most, most // 2, -1) if chunks % size == 0)
+    return next(even, -(-chunks // -(-chunks // most)))
 
 
 def _one_by_one(some: Any, memory: Memory, length: int, *tokens: Array) -> tuple[Array, Memory]:
     """`some` on so many of the tokens [B, T, ...] after the other, each behind the memory before.
 
-    Without the checkpoint the backward pass would keep the caches of every group.
+    Without the checkpoint the backward pass would keep the caches of every group; with it, what
+    attention gives.
     """
     groups = tokens[0].shape[1] // length
 
     def split(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(x.shape[0], groups, length, *x.shape[2:]), 1, 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    @functools.partial(jax.checkpoint, policy=cudnn.keeps, prevent_cse=False)
     def one(memory: Memory, xs: Any) -> tuple[Memory, Array]:
         start, *tokens = xs
         out, memory = some(memory, start, *tokens)
@@ -221,9 +230,3 @@ def _one_by_one(some: Any, memory: Memory, length: int, *tokens: Array) -> tuple
 
 def _like(offsets: Array, slot: Array) -> Array:
     return offsets.reshape((1,) * slot.ndim + (-1,))
-
-
-def _on_one_device() -> bool:
-    """Whether no mesh of several devices is set, whatever its axes are called."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh is None or mesh.empty or mesh.size == 1

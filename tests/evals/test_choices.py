@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import freqkv_jax as fk
+from freqkv_jax import nvidia, reading
 from freqkv_jax.evals import report_choices
 from freqkv_jax.evals.choices import Choices, pack, unpack
 from freqkv_jax.evals.kept import (
@@ -141,6 +142,19 @@ HELD = [
     np.array([[[0, 4, 5, 6, 8, 9], [0, 1, 2, 3, 8, 9]], [[0, 2, 3, 7, 8, 9]] * 2]),
     np.array([[[0, 5, 6, 8, 10, 11], [0, 1, 2, 9, 10, 11]], [[0, 2, 3, 9, 10, 11]] * 2]),
 ]
+
+
+def test_places_where_kernels_are_traced(monkeypatch):
+    """They have no derivative of their own, and places are followed by one."""
+    config = tiny_config(2, 2, head_dim=64, num_layers=1)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_params(config))
+    model, found = Llama(config, KNORM, "bfloat16", "blocked"), []
+    for present in (False, True):
+        monkeypatch.setattr(nvidia, "present", lambda present=present: present)
+        reading.compiled.cache_clear()
+        found.append(list(kept_places(model, params, TOKENS[:100])))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_fates_by_hand():

@@ -101,3 +101,22 @@ def test_a_cpu_goes_the_plain_way(monkeypatch):
     assert "pallas_call" in text
     for some, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(some, other)
+
+
+def test_derivatives_in_both_directions(monkeypatch):
+    """Forward, as following entries through a round needs it, and twice."""
+    monkeypatch.setattr(nvidia, "present", lambda: True)
+    kv = POLICIES[0]
+    first, tokens, maps = arguments(kv, 3)
+
+    def run(*args):
+        return kv._rounds(ROPE)(*args, maps)
+
+    _, along = jax.jvp(run, (first, tokens), (first, tokens))
+    for one, other in zip(along, run(first, tokens), strict=True):
+        np.testing.assert_array_equal(one, other)  # linear, given who stays
+
+    def loss(first):
+        return sum((x.astype(jnp.float32) ** 2).sum() for x in run(first, tokens))
+
+    assert jax.tree.leaves(jax.grad(lambda f: jax.grad(loss)(f)[0].astype(float).sum())(first))

@@ -9,7 +9,7 @@ import pytest
 
 from freqkv_jax import nvidia
 from freqkv_jax.config import RopeConfig
-from freqkv_jax.kv import FreqKVConfig
+from freqkv_jax.kv import FreqKVConfig, folding_cuda
 from freqkv_jax.kv.linear import LinearPolicy
 from freqkv_jax.kv.policy import Slots
 from freqkv_jax.rope import Rope
@@ -46,11 +46,16 @@ def plain(kv, memory, k, v, maps):
     return caches.k, caches.v
 
 
+def cuda_rounds(kv, memory, k, v, maps):
+    sizes = folding_cuda.Sizes(kv.sink_size, kv.keep, kv.prefix)
+    return folding_cuda.rounds(memory, k, v, maps["stacked"], sizes, ROPE)
+
+
 @pytest.mark.parametrize("kv", POLICIES, ids=str)
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 def test_the_rounds_are_the_plain_ones(kv, chunks, interpreted):
     args = arguments(kv, chunks)
-    found = jax.jit(functools.partial(kv._cuda_rounds, rope=ROPE))(*args)
+    found = jax.jit(functools.partial(cuda_rounds, kv))(*args)
     other = jax.jit(functools.partial(plain, kv))(*args)
     for one, two in zip(found, other, strict=True):
         assert one.shape == two.shape and one.dtype == two.dtype

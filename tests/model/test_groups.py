@@ -3,11 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import freqkv_jax as fk
 from freqkv_jax import kv as kv_policies
+from freqkv_jax import nvidia
 from freqkv_jax.model import self_attention
 from tests.tiny import random_params, random_tokens, tiny_config
 from tests.tolerances import LOGITS
@@ -59,18 +61,34 @@ def test_rows_of_different_length(monkeypatch):
         np.testing.assert_allclose(some, whole, atol=LOGITS, rtol=0)
 
 
-def test_no_more_is_held(monkeypatch):
-    """Nor kept for the backward pass."""
-    tokens = random_tokens(CONFIG, 1, 16 + 12 * 3)
+@pytest.mark.parametrize("present", [False, True])
+@pytest.mark.parametrize("remat", ["none", "attention", "dots", "full"])
+def test_no_more_is_held(remat, present, monkeypatch):
+    """Nor kept for the backward pass: not by a rematerialisation, nor where kernels are traced."""
+    monkeypatch.setattr(nvidia, "present", lambda: present)
+    config = tiny_config(num_layers=1, num_heads=2, num_kv_heads=2, head_dim=64)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config))
+    kv = fk.FreqKVConfig(40, 2, 20)  # P = 31, Q = 9
+    tokens = random_tokens(config, 1, 40 + 8 * 9)
 
-    def held(model, chunks):
+    def held(chunks):
+        model = fk.Llama(config, kv, "bfloat16", "blocked", remat=remat)
+        jax.clear_caches()
+
         def loss(params):
             return model.apply({"params": params}, tokens).sum()
 
-        return f"f32[1,{chunks},13,2,8]" in str(jax.make_jaxpr(jax.grad(loss))(PARAMS))
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        assert ("pallas_call" in text) == present
+        # Of all eight chunks, in one piece or as groups in a loop.
+        return any(f"bf16[{shape},31,2,64]" in text for shape in chunks)
 
-    some, whole = grouped(monkeypatch, POLICIES[0], 1, 3)
-    monkeypatch.setattr(self_attention, "CACHE_BYTES", CACHE * 3)
-    assert held(some, 3) and not held(some, 12)
+    monkeypatch.setattr(self_attention, "CACHE_BYTES", 2 * 31 * 2 * 64 * 2 * 2)
+    assert not held(("1,8", "4,1,2")) and held(("1,2",))
     monkeypatch.setattr(self_attention, "CACHE_BYTES", 1 << 31)
-    assert held(whole, 12)
+    assert held(("1,8",))
+
+
+def test_groups_are_even_where_they_can_be():
+    pairs = ((5, 8), (0, 8), (112, 34), (5, 4), (14, 4))
+    assert [self_attention._part(*pair) for pair in pairs] == [5, 1, 28, 3, 4]
