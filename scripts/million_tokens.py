@@ -12,6 +12,7 @@ a text would need 128 GiB with the default shape.
 import argparse
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     fk.prefill(model, params, tokens[:, : args.cache_size + min(behind, block + behind % block)])
     begin = time.perf_counter()
     state = fk.prefill(model, params, tokens, block_len=BLOCK_TOKENS, on_progress=note)[1]
-    about = environment("scripts/million_tokens.py") | {"model": args.model, "dtype": args.dtype}
+    about = environment([f"scripts/{Path(__file__).name}", *sys.argv[1:]])
+    about |= {"model": args.model, "dtype": args.dtype}
     sizes = {"cache_size": args.cache_size, "cache_bytes": state.nbytes}
     return about | sizes | {"block_tokens": block, "blocks": blocks}
 

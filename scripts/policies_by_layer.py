@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def main() -> None:
         result = json.loads(args.result.read_text(encoding="utf-8"))
         if result["asked"] != asked:
             parser.error(f"{args.result} was made with {result['asked']}; name another file")
-    result |= environment("scripts/policies_by_layer.py") | {"asked": asked}
+    result |= environment([f"scripts/{Path(__file__).name}", *sys.argv[1:]]) | {"asked": asked}
     todo = [name for name in args.settings if name not in result["losses"]]
     if todo:
         model, params = fk.load_pretrained(args.model, dtype=args.dtype)
