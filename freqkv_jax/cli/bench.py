@@ -74,6 +74,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="default: float32 on a CPU, bfloat16 elsewhere; of train, the config's",
     )
     parser.add_argument("--attention", choices=BACKENDS, help="back end (default: auto)")
+    _add_run_arguments(parser)
+    add_weights_argument(parser, "decode")
+    add_policy_arguments(parser)
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which cases run, how often, how long, and what is written."""
     parser.add_argument(
         "--repeats", type=int, default=5, metavar="R", help="timed calls, 5 at least (default: 5)"
     )
@@ -105,8 +112,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures, after every row")
     parser.add_argument("--profile", metavar="DIR", help="write a trace of one more call a case")
-    add_weights_argument(parser, "decode")
-    add_policy_arguments(parser)
 
 
 @dataclass
