@@ -24,11 +24,6 @@ POLICIES = [
 ]
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    monkeypatch.setattr(nvidia, "INTERPRET", True)
-
-
 def arguments(kv, chunks, batch=2, heads=3, dtype="bfloat16"):
     rng = np.random.default_rng(0)
 
