@@ -67,3 +67,13 @@ def load(ref: Any, mask: Array, shape: tuple[int, ...] | None = None) -> Array:
     if shape is not None:
         mask = jnp.broadcast_to(mask[:, None], shape)
     return triton.load(ref, mask=mask, other=0)
+
+
+def store(ref: Any, x: Array, mask: Array) -> None:
+    """Writes the rows of x [n, width] for which `mask` [n] holds, in ref's dtype."""
+    triton.store(ref, x.astype(ref.dtype), mask=jnp.broadcast_to(mask[:, None], x.shape))
+
+
+def turned(low: Array, high: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """`Rope.rotate` of both halves of vectors, which a kernel loads one by one."""
+    return low * cos - high * sin, high * cos + low * sin

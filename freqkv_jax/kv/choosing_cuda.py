@@ -15,14 +15,14 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from freqkv_jax import nvidia
-from freqkv_jax.nvidia import columns, exact_dot, load, triton
+from freqkv_jax.nvidia import columns, exact_dot, load, store, triton, turned
 
 TILE = 32  # entries that a program holds at a time
 # About so many programs share the entries of a text that are scored, eight a processor of a Hopper.
 # How many texts there are must not change in which order sums are taken.
 PROGRAMS = 1056
 LEAST = 16  # rows that a product of Triton's takes
-MOST_NUMBERS = 64 * 128  # of a low-pass's components: more than was tried on a GPU
+MOST_NUMBERS = 64 * 128  # of a low-pass's components: more were never tried on a GPU
 
 
 class Full(NamedTuple):
@@ -93,15 +93,13 @@ def _move(
         at = (row, index, old, head)
         return [_entries(cache_ref, new_ref, at, first, half, inside) for first in (0, half)]
 
-    def store(ref: Any, low: Array, high: Array) -> None:
+    def write(ref: Any, low: Array, high: Array) -> None:
         for first, x in ((0, low), (half, high)):
-            out = ref.at[row, index + step, here, head, pl.ds(first, half)]
-            mask = jnp.broadcast_to(inside[:, None], shape)
-            triton.store(out, x.astype(ref.dtype), mask=mask)
+            store(ref.at[row, index + step, here, head, pl.ds(first, half)], x, inside)
 
     low, high = (x.astype(jnp.float32) for x in halves(k_ref, k_new_ref))
-    store(k_out_ref, low * cos - high * sin, high * cos + low * sin)
-    store(v_out_ref, *halves(v_ref, v_new_ref))
+    write(k_out_ref, *turned(low, high, cos, sin))
+    write(v_out_ref, *halves(v_ref, v_new_ref))
 
 
 def _entries(
@@ -120,13 +118,16 @@ def _entries(
 
 def scores_fit(num_bands: int, head_dim: int) -> bool:
     """Whether `novelty` holds so many rows in a program's registers."""
-    return max(LEAST, pl.next_power_of_2(num_bands)) * head_dim <= MOST_NUMBERS
+    return _rows(num_bands) * head_dim <= MOST_NUMBERS
 
 
 def padded(basis: Float[Array, "F m"]) -> Float[Array, "F m"]:
     """A basis with rows of zeros behind it, as `novelty` takes it."""
-    rows = max(LEAST, pl.next_power_of_2(len(basis)))
-    return jnp.pad(basis, ((0, rows - len(basis)), (0, 0)))
+    return jnp.pad(basis, ((0, _rows(len(basis)) - len(basis)), (0, 0)))
+
+
+def _rows(num_bands: int) -> int:
+    return max(LEAST, pl.next_power_of_2(num_bands))
 
 
 def novelty(
@@ -201,7 +202,7 @@ def _basis(basis_ref: Any, first: Array) -> tuple[Array, Array]:
     rows, size = basis_ref.shape
     inside = first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0) < size
     mask = jnp.broadcast_to(inside[None], (rows, TILE))
-    return triton.load(basis_ref.at[pl.ds(0, rows), pl.ds(first, TILE)], mask=mask, other=0), inside
+    return load(basis_ref.at[pl.ds(0, rows), pl.ds(first, TILE)], mask), inside
 
 
 def _units(
@@ -228,4 +229,5 @@ def _units(
         for column in (0, half)
     )
     rate = jax.lax.rsqrt(jnp.sum(low * low + high * high, axis=1) + 1e-30)[:, None]
-    return (low * cos - high * sin) * rate, (high * cos + low * sin) * rate
+    low, high = turned(low, high, cos, sin)
+    return low * rate, high * rate

@@ -2,8 +2,8 @@
 
 Between two products of the folded map a round only adds, turns and copies: it writes a chunk's
 cache out of the product's halves, and folds what is mapped with what came since for the next
-product. XLA's kernels for that were bound by their instructions, not by memory: 1.9 of the 3.3 ms
-that the rounds of a 7B layer take at 32740 tokens on an H200 (docs/performance.md).
+product. XLA's kernels for that were bound by their instructions, not by memory: 2.0 of the 3.3 ms
+that the rounds of a 7B layer took at 32740 tokens on an H100 (docs/performance.md).
 """
 
 import functools
@@ -19,7 +19,7 @@ from freqkv_jax import nvidia
 from freqkv_jax.folding import product
 from freqkv_jax.kv.linear import UNROLLED
 from freqkv_jax.kv.policy import Slots
-from freqkv_jax.nvidia import columns, load, triton
+from freqkv_jax.nvidia import columns, load, store, turned
 from freqkv_jax.rope import Rope
 
 TILE = 32  # entries, or pairs of entries, that a program holds at a time
@@ -119,7 +119,7 @@ def _store_folded(
     for part, x in enumerate((low + high, low - high)):
         # Pallas' interpreter takes no plain numbers here.
         out = ref.at[np.int32(part), place, np.int32(which), row, head, columns(*some)]
-        triton.store(out, x.astype(ref.dtype), mask=jnp.broadcast_to(mask[:, None], x.shape))
+        store(out, x, mask)
 
 
 def write(
@@ -254,7 +254,7 @@ def _turned(turns: Any, low: Array, high: Array, slot: Array, mask: Array) -> tu
     half = low.shape[1]
     slot = jnp.where(mask, slot, 0)[:, None]
     cos, sin = (load(ref.at[slot, columns(0, half)], mask, low.shape) for ref in turns)
-    return low * cos - high * sin, high * cos + low * sin
+    return turned(low, high, cos, sin)
 
 
 def _store_entries(
@@ -264,7 +264,7 @@ def _store_entries(
     slot, half = jnp.where(mask, slot, NOWHERE)[:, None], low.shape[1]
     for start, x in ((0, low), (half, high)):
         out = ref.at[row, index, slot, head, columns(start, half)]
-        triton.store(out, x.astype(ref.dtype), mask=jnp.broadcast_to(mask[:, None], x.shape))
+        store(out, x, mask)
 
 
 def _raw(
