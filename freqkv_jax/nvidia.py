@@ -62,6 +62,11 @@ def columns(first: int, width: int) -> Array:
     return first + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
 
 
+def masked(place: Array, mask: Array) -> Array:
+    """Places of a store: where it has none, one that Pallas' interpreter drops."""
+    return jnp.where(mask, place, 1 << 30)
+
+
 def load(ref: Any, mask: Array, shape: tuple[int, ...] | None = None) -> Array:
     """What there is of `ref`, zeros elsewhere; `mask` is one a row where `shape` is given."""
     if shape is not None:

@@ -33,6 +33,8 @@ LAYERS = {
         "kv.state",
         "kv.linear",
         "kv.folding_cuda",
+        "kv.folding_cuda_back",
+        "kv.folded_rounds",
         "kv.choosing_cuda",
         "kv.choosing",
         "kv.scored",

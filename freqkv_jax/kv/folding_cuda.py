@@ -19,11 +19,10 @@ from freqkv_jax import nvidia
 from freqkv_jax.folding import product
 from freqkv_jax.kv.linear import UNROLLED
 from freqkv_jax.kv.policy import Slots
-from freqkv_jax.nvidia import columns, load, store, turned
+from freqkv_jax.nvidia import columns, load, masked, store, turned
 from freqkv_jax.rope import Rope
 
 TILE = 32  # entries, or pairs of entries, that a program holds at a time
-NOWHERE = 1 << 30  # a place that is masked: the interpreter drops it
 
 
 class Stream(NamedTuple):
@@ -107,15 +106,16 @@ def _first_fold(*refs: Any, sizes: Sizes) -> None:
             _raw(given, which, at, sizes, (row, head), inside, (0, dim))
             for at in (place - sizes.keep, sizes.keep - 1 - place)
         )
-        _store_folded(out_ref, low, high, here, inside, (which, row, head), (0, dim))
+        store_folded(out_ref, low, high, here, inside, (which, row, head), (0, dim))
 
 
-def _store_folded(
+def store_folded(
     ref: Any, low: Array, high: Array, place: Array, mask: Array, at: Any, some: tuple[int, int]
 ) -> None:
+    """Writes sum and difference of entries, `some` columns of them, to [2, rows, 2, B, K, D]."""
     which, row, head = at
     low, high = low.astype(jnp.float32), high.astype(jnp.float32)
-    place = jnp.where(mask, place, NOWHERE)[:, None]
+    place = masked(place, mask)[:, None]
     for part, x in enumerate((low + high, low - high)):
         # Pallas' interpreter takes no plain numbers here.
         out = ref.at[np.int32(part), place, np.int32(which), row, head, columns(*some)]
@@ -206,11 +206,11 @@ def _write_pairs(
                 if outs[2] is not None:
                     some = (start, half)
                     high = _raw(stream, which, raw + other, sizes, at, mask, some)
-                    _store_folded(outs[2], x, high, place, mask, (which, *at), some)
+                    store_folded(outs[2], x, high, place, mask, (which, *at), some)
             place = place + sizes.sink
             low, high = (x.astype(jnp.float32) for x in one)
             if which == 0:
-                low, high = _turned(turns, low, high, place, mask)
+                low, high = turned_to(turns, low, high, place, mask)
             _store_entries(outs[which], low, high, index, place, mask, at)
 
 
@@ -234,7 +234,7 @@ def _write_others(
             sinks.append(load(ref, sunk, (TILE, half)))
         low, high = (x.astype(jnp.float32) for x in recents)
         if which == 0:
-            low, high = _turned(turns, low, high, slot, inside)
+            low, high = turned_to(turns, low, high, slot, inside)
         wide = jnp.broadcast_to(sunk[:, None], (TILE, half))
         low, high = (
             jnp.where(wide, sink.astype(jnp.float32), x)
@@ -246,22 +246,24 @@ def _write_others(
             for start in (0, half):
                 zeros = jnp.zeros((TILE, half), jnp.float32)
                 mask = behind < outs[2].shape[1]
-                _store_folded(outs[2], zeros, zeros, behind, mask, (which, *at), (start, half))
+                store_folded(outs[2], zeros, zeros, behind, mask, (which, *at), (start, half))
 
 
-def _turned(turns: Any, low: Array, high: Array, slot: Array, mask: Array) -> tuple[Array, Array]:
-    """`Rope.rotate` of both halves of keys to their slots."""
+def turned_to(
+    turns: Any, low: Array, high: Array, slot: Array, mask: Array, back: bool = False
+) -> tuple[Array, Array]:
+    """`Rope.rotate` of both halves of keys to their slots, or back from them."""
     half = low.shape[1]
     slot = jnp.where(mask, slot, 0)[:, None]
     cos, sin = (load(ref.at[slot, columns(0, half)], mask, low.shape) for ref in turns)
-    return turned(low, high, cos, sin)
+    return turned(low, high, cos, -sin if back else sin)
 
 
 def _store_entries(
     ref: Any, low: Array, high: Array, index: Array, slot: Array, mask: Array, at: tuple[Any, Any]
 ) -> None:
     row, head = at
-    slot, half = jnp.where(mask, slot, NOWHERE)[:, None], low.shape[1]
+    slot, half = masked(slot, mask)[:, None], low.shape[1]
     for start, x in ((0, low), (half, high)):
         out = ref.at[row, index, slot, head, columns(start, half)]
         store(out, x, mask)

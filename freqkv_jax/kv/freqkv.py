@@ -1,6 +1,5 @@
 """FreqKV (arXiv 2505.00570): what lies between sinks and recents is low-pass filtered."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -8,14 +7,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from freqkv_jax import folding, nvidia, spectral
-from freqkv_jax.folding import MAPPED
-from freqkv_jax.kv import folding_cuda
+from freqkv_jax.kv import folded_rounds, folding_cuda
 from freqkv_jax.kv.linear import LinearPolicy, Parts
-from freqkv_jax.kv.policy import ChunkCaches, Maps, Memory, memory_after, register
+from freqkv_jax.kv.policy import ChunkCaches, Maps, Memory, Slots, memory_after, register
 from freqkv_jax.rope import Rope
 
 
@@ -115,31 +112,14 @@ class FreqKVConfig(LinearPolicy):
             tokens = (rope.rotate_tokens(k, slot), v)
             return ChunkCaches(*caches, memory_after(memory, caches, tokens, counts))
 
-    def _rounds(self, rope: Rope) -> Callable[[Memory, Array, Array, Maps], Parts]:
-        """The caches of all chunks, [B, C, P, K, D], by kernels where the program is lowered for an
-        NVIDIA GPU; the derivative is the base class's form, for rounds are linear."""
+    def _rounds(self, rope: Rope) -> Callable[[Slots, Array, Array, Maps], Parts]:
+        """The caches of all chunks, [B, C, P, K, D], by kernels where there are some."""
 
         def plain(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
             seen = jnp.zeros(len(k), jnp.int32)  # not asked for
             caches = LinearPolicy.chunk_caches(self, memory, k, v, None, rope, maps, seen)
             return caches.k, caches.v
 
-        def cuda(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
-            sizes = folding_cuda.Sizes(self.sink_size, self.keep, self.prefix)
-            return folding_cuda.rounds(memory, k, v, maps["stacked"], sizes, rope)
-
-        @jax.custom_jvp
-        def rounds(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
-            return jax.lax.platform_dependent(memory, k, v, maps, cuda=cuda, default=plain)
-
-        @rounds.defjvp
-        def _(primals: Any, tangents: Any) -> tuple[Parts, Parts]:
-            memory, k, v, maps = primals
-            caches = rounds(memory, k, v, maps)
-            if self.prefix <= 2 * self.chunk:  # else many times the tokens: not to be kept
-                caches = tuple(checkpoint_name(x, MAPPED) for x in caches)
-            nothing = jax.tree.map(jnp.zeros_like, tangents[:3])
-            along = jax.jvp(functools.partial(plain, maps=maps), nothing, tangents[:3])[1]
-            return caches, along
-
-        return rounds
+        sizes = folding_cuda.Sizes(self.sink_size, self.keep, self.prefix)
+        # Caches of many times the tokens are not to be kept.
+        return folded_rounds.forms(plain, sizes, rope, kept=self.prefix <= 2 * self.chunk)

@@ -295,6 +295,8 @@ def test_kernels_of_the_rounds_are_the_plain_form(kv):
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (memory, k, v))
     for got, want in zip(jax.jit(caches)(memory, k, v), jax.jit(plain)(*wide), strict=True):
         assert rel_l2(got.astype(jnp.float32), want) < 0.01
+    backwards = gradients(caches).lower(memory, k, v).as_text()
+    assert backwards.count("xla.gpu.triton") > text.count("xla.gpu.triton")
     found, expected = gradients(caches)(memory, k, v), gradients(plain)(*wide)
     for got, want in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert rel_l2(got.astype(jnp.float32), want) < 0.02

@@ -10,6 +10,7 @@ import pytest
 from freqkv_jax import nvidia
 from freqkv_jax.config import RopeConfig
 from freqkv_jax.kv import FreqKVConfig, folding_cuda
+from freqkv_jax.kv.folding_cuda_back import transposed
 from freqkv_jax.kv.linear import LinearPolicy
 from freqkv_jax.kv.policy import Slots
 from freqkv_jax.rope import Rope
@@ -58,6 +59,31 @@ def test_the_rounds_are_the_plain_ones(kv, chunks, interpreted):
         # Nearly all numbers are equal; a product and a sum may be one operation here, two there.
         assert rel_l2(one, two) < BF16_PRIMITIVE_REL_L2 / 4
         np.testing.assert_array_equal(one[:, :, : kv.sink_size], two[:, :, : kv.sink_size])
+
+
+@pytest.mark.parametrize("kv", POLICIES, ids=str)
+@pytest.mark.parametrize("chunks", [1, 2, 19])
+def test_backwards_they_are_the_plain_ones_transposed(kv, chunks, interpreted):
+    memory, k, v, maps = arguments(kv, chunks)
+    rng = np.random.default_rng(1)
+    shape = (len(k), chunks, kv.prefix, *k.shape[3:])
+    grads = tuple(jnp.asarray(rng.normal(size=shape), k.dtype) for _ in range(2))
+    sizes = folding_cuda.Sizes(kv.sink_size, kv.keep, kv.prefix)
+
+    def cuda(maps, grads):
+        return transposed(grads, maps["stacked"], sizes, ROPE, kv.capacity)
+
+    def wide(maps, grads):
+        args, grads = jax.tree.map(lambda x: x.astype(jnp.float32), ((memory, k, v), grads))
+        return jax.vjp(lambda *args: plain(kv, *args, maps), *args)[1](grads)
+
+    found, expected = jax.jit(cuda)(maps, grads), jax.jit(wide)(maps, grads)
+    for one, two in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert one.shape == two.shape and one.dtype == k.dtype
+        one, two = (np.asarray(x, np.float32) for x in (one, two))
+        # Entry by entry, so that none which is small is lost in the sum over all.
+        off = np.linalg.norm(one - two, axis=-1) / np.maximum(np.linalg.norm(two, axis=-1), 1)
+        assert off.max() < 4 * BF16_PRIMITIVE_REL_L2
 
 
 def test_gradients_and_results_on_a_cpu_are_the_plain_ones(monkeypatch):

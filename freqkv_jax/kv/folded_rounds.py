@@ -1,0 +1,65 @@
+"""FreqKV's rounds told in two ways, plainly and by kernels for NVIDIA, with their derivatives."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import linear_call
+from jaxtyping import Array
+
+from freqkv_jax.folding import MAPPED
+from freqkv_jax.kv import folding_cuda, folding_cuda_back
+from freqkv_jax.kv.folding_cuda import Sizes
+from freqkv_jax.kv.policy import Maps, Parts, Slots
+from freqkv_jax.rope import Rope
+
+Rounds = Callable[[Slots, Array, Array, Maps], Parts]
+
+
+def forms(plain: Rounds, sizes: Sizes, rope: Rope, kept: bool) -> Rounds:
+    """`plain`, linear in all but its maps; where the program is lowered for an NVIDIA GPU,
+    `kv.folding_cuda` and, backwards, `kv.folding_cuda_back`. Derivatives cannot be under
+    `jax.vmap`, which JAX's `linear_call` does not know.
+
+    Args:
+      kept: whether rematerialisation may keep the caches by the name `folding.MAPPED`.
+    """
+
+    def cuda(memory: Slots, k: Array, v: Array, maps: Maps) -> Parts:
+        return folding_cuda.rounds(memory, k, v, maps["stacked"], sizes, rope)
+
+    def along(maps: Maps, given: Any) -> Parts:
+        # By its derivative: `plain` itself has forms for NVIDIA, which cannot be transposed.
+        def run(memory: Slots, k: Array, v: Array) -> Parts:
+            return plain(memory, k, v, maps)
+
+        return jax.jvp(run, jax.tree.map(jnp.zeros_like, given), given)[1]
+
+    @jax.custom_jvp
+    def rounds(memory: Slots, k: Array, v: Array, maps: Maps) -> Parts:
+        return jax.lax.platform_dependent(memory, k, v, maps, cuda=cuda, default=plain)
+
+    @rounds.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[Parts, Parts]:
+        memory, k, v, maps = primals
+        caches = rounds(memory, k, v, maps)
+        if kept:
+            caches = tuple(checkpoint_name(x, MAPPED) for x in caches)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), primals[:3])
+
+        def plain_back(maps: Maps, given: Parts) -> Any:
+            return jax.linear_transpose(functools.partial(along, maps), shapes)(given)[0]
+
+        def cuda_back(maps: Maps, given: Parts) -> Any:
+            slots = shapes[0].k.shape[2]
+            return folding_cuda_back.transposed(given, maps["stacked"], sizes, rope, slots)
+
+        def back(maps: Maps, given: Parts) -> Any:
+            return jax.lax.platform_dependent(maps, given, cuda=cuda_back, default=plain_back)
+
+        return caches, linear_call(along, back, maps, tuple(tangents[:3]))
+
+    return rounds
