@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from freqkv_jax.sharding import on_one_device
+from freqkv_jax.sharding import splits_evenly
 
 INTERPRET = False  # tests set it: kernels then run on a CPU, slowly
 
@@ -33,17 +33,18 @@ def present() -> bool:
         return False
 
 
-def suits(x: Array) -> bool:
-    """Whether the kernels of cache policies take entries like x [..., D]: half precision, heads
-    that Triton's blocks fit, on one device (XLA cannot split a kernel), with an NVIDIA GPU here."""
+def suits(x: Array, heads: int) -> bool:
+    """Whether the kernels of cache policies take entries like x [B, ..., D], whose axis `heads` is
+    that of the kv heads: half precision, heads that Triton's blocks fit, with an NVIDIA GPU here.
+    On a mesh each device runs them on its own rows and heads."""
     half = x.dtype in (jnp.bfloat16, jnp.float16) and x.shape[-1] in (64, 128, 256)
-    return bool(half and on_one_device() and triton and present())
+    return bool(half and splits_evenly(x.shape[0], x.shape[heads]) and triton and present())
 
 
 def call(kernel: Any, grid: tuple[int, ...], out_shape: Any, **options: Any) -> Any:
-    """`pallas_call` for Triton, arguments and results as whole arrays."""
+    """`pallas_call` for Triton; arguments and results are whole arrays if no blocks are given."""
     if triton and not INTERPRET:
-        options["compiler_params"] = triton.CompilerParams(num_warps=4)
+        options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=3)
     return pl.pallas_call(kernel, grid=grid, out_shape=out_shape, interpret=INTERPRET, **options)
 
 

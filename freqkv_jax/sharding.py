@@ -48,9 +48,12 @@ TRAINABLE_RULES = tuple((f"lora/{pattern}", spec) for pattern, spec in LORA_RULE
 # A tied model has no lm_head, so this rule may go unused.
 OPTIONAL_RULES = (r"lm_head/kernel",)
 
-# Path in a KVState -> PartitionSpec. Memory leaves are [B, K, ...].
+MEMORY_SPEC = P(BATCH_AXES, "tensor")  # [B, K, ...]
+HEADS_SPEC = P(BATCH_AXES, None, "tensor")  # [B, T, heads, D]
+CHUNKS_SPEC = P(BATCH_AXES, None, None, "tensor")  # [B, C, ., K, D]
+# Path in a KVState -> PartitionSpec.
 STATE_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"layers/.+", P(BATCH_AXES, "tensor")),
+    (r"layers/.+", MEMORY_SPEC),
     (r"(fill|seen|end_token)", P()),
 )
 
@@ -266,17 +269,56 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
     Axes that the mesh lacks, or that a shard_map around us handles, are left out of the spec.
     """
+    axes = _auto_axes()
+    return jax.lax.with_sharding_constraint(x, _kept(spec, axes)) if axes else x
+
+
+def on_each_device(function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """`function` as each device runs it on its own part of the arguments; specs as in `constrain`.
+
+    What XLA cannot split (a kernel of our own) runs so on a mesh; where none is set, as it is.
+    """
+    axes = _auto_axes()
+    if not axes:
+        return function
+    specs = (in_specs, out_specs)
+    ins, outs = jax.tree.map(lambda spec: _kept(spec, axes), specs, is_leaf=_is_spec)
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=ins, out_specs=outs, axis_names=axes, check_vma=False
+    )
+
+
+def splits_evenly(rows: int, heads: int) -> bool:
+    """Whether `on_each_device` can split so many rows and heads: on the mesh that is set, if one
+    is, there are no axes but ours, and each device gets as many."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty:
-        return x
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        return True
+    kinds = zip(mesh.axis_names, mesh.axis_types, mesh.axis_sizes, strict=True)
+    for axis, kind, size in kinds:
+        ours = kind == AxisType.Auto and axis in AXES
+        if not ours and kind != AxisType.Manual and size > 1:
+            return False
+    rows_split = rows % math.prod(axis_size(axis) for axis in BATCH_AXES)
+    return rows_split == 0 and heads % axis_size("tensor") == 0
+
+
+def _auto_axes() -> set[str]:
+    """Axes of the mesh that is set, those left out that a shard_map around us handles."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        return set()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {axis for axis, kind in kinds if kind == AxisType.Auto}
+
+
+def _kept(spec: PartitionSpec, axes: set[str]) -> PartitionSpec:
     entries = []
     for entry in spec:
-        kept = tuple(axis for axis in _axes_of(entry) if kinds.get(axis) == AxisType.Auto)
+        kept = tuple(axis for axis in _axes_of(entry) if axis in axes)
         entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
-    if not any(kinds[axis] == AxisType.Auto for axis in kinds):
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*entries))
+    return P(*entries)
 
 
 def gathered(x: jax.Array, stored: PartitionSpec) -> jax.Array:
@@ -325,13 +367,7 @@ def splits_weights() -> bool:
     return axis_size("fsdp") > 1
 
 
-def on_one_device() -> bool:
-    """Whether no mesh of several devices is set, whatever its axes are called."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh is None or mesh.empty or mesh.size == 1
-
-
 def axis_size(axis: str) -> int:
-    """The size of an axis of the mesh that is set; 1 where there is none."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh is None or mesh.empty else mesh.shape.get(axis, 1)
+    """The size of an axis of the mesh that is set; 1 where there is none, or where a shard_map
+    around us handles it."""
+    return jax.sharding.get_abstract_mesh().shape[axis] if axis in _auto_axes() else 1

@@ -23,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import pytest
 
+from freqkv_jax import nvidia
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -53,3 +55,9 @@ def smollm2_gguf() -> Path:
     if os.environ.get("FREQKV_REQUIRE_SMOLLM2") == "1":
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton kernels run on a CPU."""
+    monkeypatch.setattr(nvidia, "INTERPRET", True)

@@ -23,6 +23,7 @@ from freqkv_jax.kv.policy import (
     whole_number,
 )
 from freqkv_jax.rope import Rope
+from freqkv_jax.sharding import CHUNKS_SPEC, HEADS_SPEC, MEMORY_SPEC, P, on_each_device
 
 # Scores are compared on this grid. Equal tokens have equal keys in the first layer, and what
 # turning them to different slots and back leaves of that (1e-7 in float32) must not decide.
@@ -107,7 +108,7 @@ class ChoosingPolicy(KVPolicy):
 
     def make_room(self, memory: Memory, rope: Rope, maps: Maps) -> Memory:
         """Chooses from the keys turned back, and moves what stays to its new slots."""
-        if self._has_kernels(memory.k):
+        if self._has_kernels(memory.k, 1):
             return self._make_room_by_rounds(memory, rope, maps)
         with jax.named_scope("make_room"):
             middle = slice(self.sink_size, self.cache_size - self.recent_size)
@@ -156,8 +157,8 @@ class ChoosingPolicy(KVPolicy):
             )
             return Slots(k, v)
 
-    def _has_kernels(self, x: Array) -> bool:
-        return self.prefix > 0 and nvidia.suits(x)
+    def _has_kernels(self, x: Array, heads: int) -> bool:
+        return self.prefix > 0 and nvidia.suits(x, heads)
 
     def _rounds(self, rope: Rope) -> Callable[..., Parts]:
         """Full caches [B, N, K, D] and the tokens of C chunks [B, C, Q, K, D] to the caches before
@@ -167,9 +168,14 @@ class ChoosingPolicy(KVPolicy):
         @jax.custom_jvp
         def rounds(first: Parts, tokens: Parts, maps: Maps) -> tuple[Parts, Array]:
             plain = functools.partial(self._plain_rounds, rope=rope)
-            if not self._has_kernels(first[0]):
+            if not self._has_kernels(first[0], 2):
                 return plain(first, tokens, maps)
-            cuda = functools.partial(self._cuda_rounds, rope=rope)
+            chosen = P(None, *MEMORY_SPEC)
+            cuda = on_each_device(
+                functools.partial(self._cuda_rounds, rope=rope),
+                (HEADS_SPEC, CHUNKS_SPEC, P()),
+                (CHUNKS_SPEC, chosen),
+            )
             return jax.lax.platform_dependent(first, tokens, maps, cuda=cuda, default=plain)
 
         @rounds.defjvp

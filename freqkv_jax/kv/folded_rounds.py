@@ -15,7 +15,9 @@ from freqkv_jax.kv import folding_cuda, folding_cuda_back
 from freqkv_jax.kv.folding_cuda import Sizes
 from freqkv_jax.kv.policy import Maps, Parts, Slots
 from freqkv_jax.rope import Rope
+from freqkv_jax.sharding import CHUNKS_SPEC, MEMORY_SPEC, P, on_each_device
 
+GIVEN = (MEMORY_SPEC, CHUNKS_SPEC, CHUNKS_SPEC)  # a memory, keys, values
 Rounds = Callable[[Slots, Array, Array, Maps], Parts]
 
 
@@ -29,7 +31,9 @@ def forms(plain: Rounds, sizes: Sizes, rope: Rope, kept: bool) -> Rounds:
     """
 
     def cuda(memory: Slots, k: Array, v: Array, maps: Maps) -> Parts:
-        return folding_cuda.rounds(memory, k, v, maps["stacked"], sizes, rope)
+        run = functools.partial(folding_cuda.rounds, sizes=sizes, rope=rope)
+        run = on_each_device(run, (*GIVEN, P()), CHUNKS_SPEC)
+        return run(memory, k, v, maps["stacked"])
 
     def along(maps: Maps, given: Any) -> Parts:
         # By its derivative: `plain` itself has forms for NVIDIA, which cannot be transposed.
@@ -54,8 +58,9 @@ def forms(plain: Rounds, sizes: Sizes, rope: Rope, kept: bool) -> Rounds:
             return jax.linear_transpose(functools.partial(along, maps), shapes)(given)[0]
 
         def cuda_back(maps: Maps, given: Parts) -> Any:
-            slots = shapes[0].k.shape[2]
-            return folding_cuda_back.transposed(given, maps["stacked"], sizes, rope, slots)
+            sides = {"sizes": sizes, "rope": rope, "capacity": shapes[0].k.shape[2]}
+            run = functools.partial(folding_cuda_back.transposed, **sides)
+            return on_each_device(run, (CHUNKS_SPEC, P()), GIVEN)(given, maps["stacked"])
 
         def back(maps: Maps, given: Parts) -> Any:
             return jax.lax.platform_dependent(maps, given, cuda=cuda_back, default=plain_back)

@@ -104,7 +104,7 @@ class FreqKVConfig(LinearPolicy):
     ) -> ChunkCaches:
         """As the base class has it; by kernels where there are some."""
         halved = self.method == "matmul" and 0 < self.keep == self.chunk and self.sink_size > 0
-        if not (halved and nvidia.suits(k)):
+        if not (halved and nvidia.suits(k, 3)):
             return super().chunk_caches(memory, k, v, counts, rope, maps, seen, queries)
         with jax.named_scope("chunk_caches"):
             caches = self._rounds(rope)(memory, k, v, maps)

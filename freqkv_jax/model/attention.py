@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from freqkv_jax import nvidia
 from freqkv_jax.model import cudnn
 from freqkv_jax.model.cudnn import ATTENDED
-from freqkv_jax.sharding import BATCH_AXES
+from freqkv_jax.sharding import HEADS_SPEC, on_each_device
 
 BACKENDS = ("auto", "naive", "blocked", "cudnn", "splash")
 QUERY_BLOCK = 128  # queries whose scores are held at once by the blocked form
@@ -178,14 +177,7 @@ def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
         out = jax.vmap(kernel)(*(_heads_major(x) for x in (q_in, k_in, v_in)))
         return _heads_major(out)[:, q_pad:].astype(q.dtype)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty:
-        return local(q, k, v)
-    axes = [axis for axis in BATCH_AXES if axis in mesh.axis_names]
-    spec = P(tuple(axes) or None, None, "tensor" if "tensor" in mesh.axis_names else None)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
-    )(q, k, v)
+    return on_each_device(local, (HEADS_SPEC,) * 3, HEADS_SPEC)(q, k, v)
 
 
 def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool) -> Callable[..., Any]:

@@ -17,6 +17,15 @@ from jaxtyping import Array, Float, Int
 from freqkv_jax import nvidia
 from freqkv_jax.model.attention import attend_cache
 from freqkv_jax.nvidia import triton
+from freqkv_jax.sharding import (
+    BATCH_AXES,
+    HEADS_SPEC,
+    MEMORY_SPEC,
+    P,
+    axis_size,
+    on_each_device,
+    splits_evenly,
+)
 
 BLOCK = 64  # slots that a program holds at a time
 PROGRAMS = 512  # about so many share the slots of all rows: a few for each of the GPU's processors
@@ -31,14 +40,24 @@ def attend_rows(
     fill: Int[Array, "*rows"],
     num_heads: int,
 ) -> Float[Array, "B 1 H D"]:
-    """`attend_cache` for one query a row, at slot `fill` (a scalar or [B]), on one device.
+    """`attend_cache` for one query a row, at slot `fill` (a scalar or [B]).
 
-    The platform decides when it is lowered; on a mesh XLA could not split the kernel. The queries
-    are the first `num_heads` of q's R heads: cutting them out would be a kernel of its own.
+    The platform decides when it is lowered; on a mesh each device runs the kernel on its own rows
+    and heads. The queries are the first `num_heads` of q's R heads: on one device the kernel is
+    given all of them, for cutting them out would be a kernel of its own.
     """
-    kernel = functools.partial(flash_rows, num_heads=num_heads)
     plain = functools.partial(_plain, num_heads=num_heads)
-    special = {"cuda": kernel} if suits(num_heads, q, k) and triton and nvidia.present() else {}
+    special = {}
+    if suits(num_heads, q, k) and triton and nvidia.present():
+        parts = axis_size("tensor")
+        if parts > 1:
+            q = q[:, :, :num_heads]  # what is split among the devices are queries alone
+        rows = P(BATCH_AXES) if fill.ndim else P()
+        special["cuda"] = on_each_device(
+            functools.partial(flash_rows, num_heads=num_heads // parts),
+            (HEADS_SPEC, MEMORY_SPEC, MEMORY_SPEC, rows),
+            HEADS_SPEC,
+        )
     return jax.lax.platform_dependent(q, k, v, fill, default=plain, **special)
 
 
@@ -67,28 +86,19 @@ def attend_one(
 def suits(num_heads: int, q: Array, k: Array) -> bool:
     """Whether the kernel takes these: half precision (float32 would be rounded), even blocks."""
     heads, slots, dim = k.shape[-3:]
+    if not splits_evenly(k.shape[0], heads):
+        return False
     half = q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
     return half and dim in (64, 128, 256) and slots % BLOCK == 0 and num_heads <= TILE * heads
 
 
-def flash_rows(
-    q: Array, k: Array, v: Array, fill: Array, num_heads: int, interpret: bool = False
-) -> Array:
+def flash_rows(q: Array, k: Array, v: Array, fill: Array, num_heads: int) -> Array:
     """`flash` of all rows at once: they become one more axis of the kernels' grids."""
-    options = {"num_heads": num_heads, "num_rows": q.shape[0], "interpret": interpret}
-    one = functools.partial(flash, **options)
+    one = functools.partial(flash, num_heads=num_heads, num_rows=q.shape[0])
     return jax.vmap(one, (0, 0, 0, 0 if fill.ndim else None))(q[:, 0], k, v, fill)[:, None]
 
 
-def flash(
-    q: Array,
-    k: Array,
-    v: Array,
-    fill: Array,
-    num_heads: int,
-    num_rows: int = 1,
-    interpret: bool = False,
-) -> Array:
+def flash(q: Array, k: Array, v: Array, fill: Array, num_heads: int, num_rows: int = 1) -> Array:
     """Partial averages of each kv head and run of slots, and a second kernel that merges them.
 
     Shapes as in `attend_one`, of a row beside which `num_rows` - 1 others are attended; the result
@@ -99,16 +109,13 @@ def flash(
     runs = 1
     while blocks % (2 * runs) == 0 and num_rows * heads * runs < PROGRAMS:
         runs *= 2
-    call = functools.partial(pl.pallas_call, interpret=interpret)
-    if triton and not interpret:
-        params = triton.CompilerParams(num_warps=4, num_stages=3)
-        call = functools.partial(call, compiler_params=params)
     a_run = pl.BlockSpec((None, slots // runs, dim), lambda head, run: (head, run, 0))
     a_sum = pl.BlockSpec((None, None, groups), lambda head, run: (head, run, 0))
     sums = jax.ShapeDtypeStruct((heads, runs, groups), jnp.float32)
-    average, top, total = call(
+    average, top, total = nvidia.call(
         functools.partial(_average, groups=groups, scale=1 / math.sqrt(dim)),
-        grid=(heads, runs),
+        (heads, runs),
+        [jax.ShapeDtypeStruct((*sums.shape, dim), jnp.float32), sums, sums],
         in_specs=[
             pl.BlockSpec((1,), lambda head, run: (0,)),
             pl.BlockSpec((groups, dim), lambda head, run: (head, 0)),
@@ -120,19 +127,18 @@ def flash(
             a_sum,
             a_sum,
         ],
-        out_shape=[jax.ShapeDtypeStruct((*sums.shape, dim), jnp.float32), sums, sums],
     )(fill.reshape(1), q, k, v)
     all_sums = pl.BlockSpec((None, runs, None), lambda head, group: (head, 0, group))
-    out = call(
+    out = nvidia.call(
         _merge,
-        grid=(heads, groups),
+        (heads, groups),
+        jax.ShapeDtypeStruct((heads, groups, dim), q.dtype),
         in_specs=[
             pl.BlockSpec((None, runs, None, dim), lambda head, group: (head, 0, group, 0)),
             all_sums,
             all_sums,
         ],
         out_specs=pl.BlockSpec((None, None, dim), lambda head, group: (head, group, 0)),
-        out_shape=jax.ShapeDtypeStruct((heads, groups, dim), q.dtype),
     )(average, top, total)
     return out.reshape(heads * groups, dim)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from freqkv_jax import nvidia
 from freqkv_jax.nvidia import triton
 
 WIDTH = 1024  # columns that a program reads at a time
@@ -30,7 +31,6 @@ def normed_pairs(
     pairs: tuple[int, int, int],
     finish: Finish,
     extras: Sequence[Float[Array, "a b"]] = (),
-    interpret: bool = False,
 ) -> Float[Array, "a n b"]:
     """RMSNorm(x) times a kernel with outputs `pairs` [a, 2, b], finished; in x's dtype.
 
@@ -50,13 +50,12 @@ def normed_pairs(
         pl.BlockSpec(half, lambda i, j: (i, 1, j, 0)),
     ]
     rows = rows.reshape(*pairs, x.size)
-    return _call(
+    return nvidia.call(
         functools.partial(_pairs, finish=finish, eps=eps),
-        grid=(many, out // size),
+        (many, out // size),
+        jax.ShapeDtypeStruct((many, num_out, out), x.dtype),
         in_specs=[whole, whole, *halves, *[some] * len(extras)],
         out_specs=pl.BlockSpec((None, num_out, size), lambda i, j: (i, 0, j)),
-        out_shape=jax.ShapeDtypeStruct((many, num_out, out), x.dtype),
-        interpret=interpret,
     )(x, norm, rows, rows, *extras)
 
 
@@ -97,22 +96,20 @@ def plus_product(
     x: Float[Array, "E"],
     rows: Float[Array, "E F"],
     y: Float[Array, "F"],
-    interpret: bool = False,
 ) -> Float[Array, "E"]:
     """x + y @ kernel, in x's dtype."""
     size = _rows(x.size, 1)
     some = pl.BlockSpec((size,), lambda i: (i,))
-    return _call(
+    return nvidia.call(
         _plus,
-        grid=(x.size // size,),
+        (x.size // size,),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
         in_specs=[
             some,
             pl.BlockSpec((size, y.size), lambda i: (i, 0)),
             pl.BlockSpec((y.size,), lambda i: (0,)),
         ],
         out_specs=some,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        interpret=interpret,
     )(x, rows, y)
 
 
@@ -156,9 +153,3 @@ def _rows(out: int, many: int) -> int:
     while size < MOST_ROWS and out % (2 * size) == 0 and many * out // (2 * size) >= PROGRAMS:
         size *= 2
     return size
-
-
-def _call(kernel: Any, interpret: bool, **options: Any) -> Any:
-    if triton and not interpret:
-        options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=3)
-    return pl.pallas_call(kernel, interpret=interpret, **options)

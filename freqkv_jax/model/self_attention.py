@@ -17,12 +17,11 @@ from freqkv_jax.model.attention import attend, attend_behind, attend_cache
 from freqkv_jax.model.flash_decode import attend_rows
 from freqkv_jax.model.layers import ROWS, Linear
 from freqkv_jax.rope import Rope
-from freqkv_jax.sharding import BATCH_AXES, P, axis_size, constrain, on_one_device
+from freqkv_jax.sharding import BATCH_AXES, HEADS_SPEC, axis_size, constrain
 
 # Caches of a layer's chunks, on a device, that are held at once; 112 chunks of 256 tokens behind
 # 4096 slots of the 7B shape would be 7 GB.
 CACHE_BYTES = 1 << 31
-HEADS_SPEC = P(BATCH_AXES, None, "tensor", None)  # [B, T, heads, D]
 
 
 class Attention(nn.Module):
@@ -192,7 +191,7 @@ class Attention(nn.Module):
             end = fill + x.shape[1]
             k_all, v_all = (jnp.swapaxes(y[:, :, :end], 1, 2) for y in (k_all, v_all))
             return self._merge(attend(q, k_all, v_all, self.backend)), memory
-        if x.shape[1] == 1 and on_one_device():
+        if x.shape[1] == 1:
             return self._merge(attend_rows(q, k_all, v_all, slot, q.shape[2])), memory
         return self._merge(attend_cache(q, k_all, v_all, fill)), memory
 

@@ -12,6 +12,7 @@ from freqkv_jax.config import RopeConfig
 from freqkv_jax.kv import KeyNormConfig, SpectralNoveltyConfig
 from freqkv_jax.kv.policy import Slots
 from freqkv_jax.rope import Rope
+from freqkv_jax.sharding import make_mesh
 
 ROPE = Rope(RopeConfig(1e4), 64)
 SIZES = {"cache_size": 100, "sink_size": 3, "recent_size": 20, "chunk": 37}
@@ -56,7 +57,7 @@ def test_making_room_is_a_round(interpreted, monkeypatch):
     first, tokens, maps = arguments(kv, 1)
     memory = Slots(*(jnp.swapaxes(x, 1, 2) for x in first))
     plain = kv.make_room(memory, ROPE, maps)
-    monkeypatch.setattr(nvidia, "suits", lambda x: True)
+    monkeypatch.setattr(nvidia, "suits", lambda x, heads: True)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
     caches = kv._rounds(ROPE)(first, tokens, maps)
     made = kv.make_room(memory, ROPE, maps)
@@ -66,14 +67,18 @@ def test_making_room_is_a_round(interpreted, monkeypatch):
 
 
 def test_what_is_taken(monkeypatch):
-    k = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    assert not nvidia.suits(k)  # no GPU here
+    k = jnp.zeros((2, 8, 4, 64), jnp.bfloat16)
+    assert not nvidia.suits(k, 2)  # no GPU here
     monkeypatch.setattr(nvidia, "present", lambda: True)
-    assert nvidia.suits(k)
-    assert not nvidia.suits(k.astype(jnp.float32))
-    assert not nvidia.suits(k[..., :48])
-    with jax.set_mesh(jax.make_mesh((1, 1, 2), ("data", "fsdp", "tensor"))):
-        assert not nvidia.suits(k)
+    assert nvidia.suits(k, 2)
+    assert not nvidia.suits(k.astype(jnp.float32), 2)
+    assert not nvidia.suits(k[..., :48], 2)
+    with jax.set_mesh(make_mesh(1, 2, 2)):
+        assert nvidia.suits(k, 2)
+        assert not nvidia.suits(k[:, :, :3], 2)
+        assert not nvidia.suits(k[:1], 2)
+    with jax.set_mesh(jax.make_mesh((2,), ("rows",))):
+        assert not nvidia.suits(k, 2)  # of axes that are not ours
 
 
 def test_a_cpu_goes_the_plain_way(monkeypatch):

@@ -37,12 +37,12 @@ def plain(q, k, v, fill):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "slots"), [(9, 3, 8 * BLOCK), (2, 2, 2 * BLOCK), (4, 1, 3 * BLOCK)]
 )
-def test_it_is_the_plain_form(heads, kv_heads, slots):
+def test_it_is_the_plain_form(heads, kv_heads, slots, interpreted):
     q, k, v = inputs(heads, kv_heads, 64, slots)
-    flash = jax.jit(flash_decode.flash, static_argnames=("num_heads", "interpret"))
+    flash = jax.jit(flash_decode.flash, static_argnames="num_heads")
     rows = jnp.concatenate([q, jnp.full((2 * kv_heads, 64), 1e4)])  # what lies behind the queries
     for fill in (0, BLOCK - 1, BLOCK, BLOCK + 7, slots - 1):
-        got = flash(rows, k, v, jnp.int32(fill), heads, interpret=True)
+        got = flash(rows, k, v, jnp.int32(fill), heads)
         assert_close(got, plain(q, k, v, jnp.int32(fill)), PRIMITIVE)
 
 
@@ -50,25 +50,25 @@ def test_it_is_the_plain_form(heads, kv_heads, slots):
 # it, where a full row is frozen.
 @pytest.mark.parametrize("fill", [BLOCK + 7, [0, BLOCK - 1, 2 * BLOCK, 3 * BLOCK - 1, 3 * BLOCK]])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (4, 1)])
-def test_rows_are_the_plain_form(heads, kv_heads, fill):
+def test_rows_are_the_plain_form(heads, kv_heads, fill, interpreted):
     q, k, v = inputs(heads, kv_heads, 64, 3 * BLOCK, batch=(5,))
     fill = jnp.asarray(fill, jnp.int32)
     behind = jnp.full((5, 1, 2 * kv_heads, 64), 1e4, q.dtype)
-    rows = jax.jit(flash_decode.flash_rows, static_argnames=("num_heads", "interpret"))
-    got = rows(jnp.concatenate([q, behind], axis=2), k, v, fill, heads, interpret=True)
+    rows = jax.jit(flash_decode.flash_rows, static_argnames="num_heads")
+    got = rows(jnp.concatenate([q, behind], axis=2), k, v, fill, heads)
     assert_close(got, attend_cache(q, k, v, fill), PRIMITIVE)
 
 
-def test_rows_in_half_precision_and_dead_slots():
+def test_rows_in_half_precision_and_dead_slots(interpreted):
     q, k, v = inputs(4, 2, 64, 4 * BLOCK, "bfloat16", batch=(2,))
     fill = jnp.asarray([70, 3], jnp.int32)
-    got = flash_decode.flash_rows(q, k, v, fill, 4, interpret=True)
+    got = flash_decode.flash_rows(q, k, v, fill, 4)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     assert got.dtype == jnp.bfloat16
     assert rel_l2(got.astype(jnp.float32), attend_cache(*wide, fill)) < BF16_PRIMITIVE_REL_L2
     dead = jnp.arange(4 * BLOCK, dtype=jnp.int32)[None] > fill[:, None]
     dirty = [jnp.where(dead[:, None, :, None], jnp.asarray(1e4, x.dtype), x) for x in (k, v)]
-    again = flash_decode.flash_rows(q, *dirty, fill, 4, interpret=True)
+    again = flash_decode.flash_rows(q, *dirty, fill, 4)
     np.testing.assert_array_equal(got, again)
 
 
@@ -86,16 +86,16 @@ def test_rows_share_the_programs():
     assert programs(200) == 200 * 3
 
 
-def test_half_precision_and_dead_slots():
+def test_half_precision_and_dead_slots(interpreted):
     q, k, v = inputs(4, 2, 128, 4 * BLOCK, "bfloat16")
     q = 40 * q  # scores whose exponential is more than a float holds
     fill = jnp.int32(70)
-    got = flash_decode.flash(q, k, v, fill, 4, interpret=True)
+    got = flash_decode.flash(q, k, v, fill, 4)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     assert got.dtype == jnp.bfloat16
     assert rel_l2(got.astype(jnp.float32), plain(*wide, fill)) < BF16_PRIMITIVE_REL_L2
     dirty = [x.at[:, 71:].set(1e4) for x in (k, v)]
-    np.testing.assert_array_equal(got, flash_decode.flash(q, *dirty, fill, 4, interpret=True))
+    np.testing.assert_array_equal(got, flash_decode.flash(q, *dirty, fill, 4))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_derivatives_are_those_of_the_plain_form(fill, monkeypatch):
 
 
 def test_where_a_model_takes_it(monkeypatch):
-    """For one token a row of several rows, and not on a mesh. Traced only."""
+    """For one token a row, on a mesh if it splits the rows. Traced only."""
     monkeypatch.setattr(nvidia, "present", lambda: True)
     config = tiny_config(4, 2, head_dim=64)
     model = fk.Llama(config, fk.FreqKVConfig(BLOCK, 4), "bfloat16", "blocked")  # else cuDNN's
@@ -172,7 +172,9 @@ def test_where_a_model_takes_it(monkeypatch):
 
     assert kernels(1, None) == kernels(1, jnp.int32(5)) == 2 * config.num_layers
     assert kernels(2, None) == kernels(1, 5) == 0
-    with jax.set_mesh(make_mesh(data=2)):
+    with jax.set_mesh(make_mesh(data=2, tensor=2)):
+        assert kernels(1, None) == 2 * config.num_layers
+    with jax.set_mesh(make_mesh(data=4)):
         assert kernels(1, None) == 0
     with jax.set_mesh(make_mesh()):  # of one device
         assert kernels(1, None) == 2 * config.num_layers

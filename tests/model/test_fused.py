@@ -93,18 +93,18 @@ def test_a_fused_tree_is_decoded_by_the_form_for_one_token(monkeypatch):
     assert_close(found[1][1], found[0][1], LOGITS)
 
 
-def test_decode_by_the_kernels_of_a_gpu(monkeypatch):
+def test_decode_by_the_kernels_of_a_gpu(monkeypatch, interpreted):
     """Interpreted: that every product is given what it is to be made of."""
     model, plain, tree = both(kv=fk.FreqKVConfig(20, 4))  # a model that no other test has traced
     logits, state = fk.prefill(model, plain, random_tokens(model.config, 1, 18))
     want, want_logits, _ = fk.decode(model, plain, jax.tree.map(jnp.copy, state), logits, 9)
     calls = []
 
-    def interpreted(kernel):
-        return lambda *args: calls.append(kernel) or kernel(*args, interpret=True)
+    def counted(kernel):
+        return lambda *args: calls.append(kernel) or kernel(*args)
 
     for name in ("normed_pairs", "plus_product"):
-        monkeypatch.setattr(fused.matvec, name, interpreted(getattr(fused.matvec, name)))
+        monkeypatch.setattr(fused.matvec, name, counted(getattr(fused.matvec, name)))
     monkeypatch.setattr(fused, "_by_triton", lambda linear: True)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, cuda=None: (cuda or default)(*args)

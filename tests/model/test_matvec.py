@@ -31,7 +31,7 @@ def inputs(width, pairs):
 # Columns in one part and in three, the last of them not whole; rows that 2 divides or 4.
 @pytest.mark.parametrize(("width", "pairs"), [(96, (5, 2, 6)), (2500, (1, 2, 300))], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_are_the_obvious_ones(width, pairs, dtype, monkeypatch):
+def test_products_are_the_obvious_ones(width, pairs, dtype, monkeypatch, interpreted):
     monkeypatch.setattr(matvec, "PROGRAMS", 8)
     assert matvec._rows(pairs[2], pairs[0]) == (2 if width == 96 else 4)
     x, norm, rows, extra = inputs(width, pairs)
@@ -49,11 +49,11 @@ def test_products_are_the_obvious_ones(width, pairs, dtype, monkeypatch):
     outputs = (kernel @ normed).reshape(pairs)
     want = jnp.stack(finish(outputs[:, 0], outputs[:, 1], extra), axis=1)
     args = x, norm["scale"], CONFIG.rms_norm_eps, rows, pairs, finish, (extra,)
-    check(matvec.normed_pairs(*args, interpret=True), want)
+    check(matvec.normed_pairs(*args), want)
     y = jnp.flip(wide).astype(dtype)
     residual = normal(np.random.default_rng(1), kernel.shape[0]).astype(dtype)
     want = residual.astype(jnp.float32) + kernel @ y.astype(jnp.float32)
-    check(matvec.plus_product(residual, rows, y, interpret=True), want)
+    check(matvec.plus_product(residual, rows, y), want)
 
 
 def test_a_program_has_some_rows_and_there_are_enough_programs():

@@ -1,0 +1,110 @@
+"""Triton kernels on a mesh, interpreted: each device runs them on its own rows and heads."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from freqkv_jax import nvidia
+from freqkv_jax.config import RopeConfig
+from freqkv_jax.kv import FreqKVConfig, SpectralNoveltyConfig
+from freqkv_jax.kv.policy import Slots
+from freqkv_jax.model.flash_decode import BLOCK, attend_rows
+from freqkv_jax.rope import Rope
+from freqkv_jax.sharding import BATCH_AXES, CHUNKS_SPEC, HEADS_SPEC, MEMORY_SPEC, P, make_mesh
+
+ROPE = Rope(RopeConfig(1e4), 64)
+MESH = (2, 1, 2)
+
+
+@pytest.fixture
+def kernels(monkeypatch, interpreted):
+    """As if the CPU devices were GPUs."""
+    monkeypatch.setattr(nvidia, "present", lambda: True)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
+
+
+def compiled(function, specs, args):
+    """`function` on one device and on a mesh: results, and what the mesh's program moves."""
+    alone = jax.jit(function)(*args)
+    mesh = make_mesh(*MESH)
+    where = jax.tree.map(lambda x, spec: NamedSharding(mesh, spec), args, specs)
+    with jax.set_mesh(mesh):
+        program = jax.jit(function).lower(*jax.device_put(args, where)).compile()
+        split = program(*jax.device_put(args, where))
+    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return alone, split, set(re.findall(names, program.as_text()))
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [FreqKVConfig(100, 4, 10), SpectralNoveltyConfig(48, recent_size=12, chunk=16)],
+    ids=["freqkv", "novelty"],
+)
+def test_rounds_and_their_gradients(kv, kernels):
+    """To the bit what one device makes of them, and nothing is moved between devices."""
+    rng = np.random.default_rng(0)
+    shape = (2, 3, kv.chunk, 2, 64)
+    maps = {name: jnp.asarray(array) for name, array in kv.constants().items()}
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    memory = Slots(*(normal(2, 2, kv.capacity, 64) for _ in range(2)))
+    weights = normal(2, 3, kv.prefix, 2, 64)
+
+    def caches_and_gradients(memory, k, v, weights):
+        def total(memory, k, v):
+            seen = jnp.full((len(k),), kv.capacity)
+            caches = kv.chunk_caches(memory, k, v, None, ROPE, maps, seen)
+            # Per row and head, so that no sum is one over devices.
+            sums = [(x * weights).astype(jnp.float32).sum((1, 2, 4)) for x in caches[:2]]
+            return sums, caches
+
+        _, back, caches = jax.vjp(total, memory, k, v, has_aux=True)
+        ones = jnp.ones((2, 2), jnp.float32)
+        return caches, back([ones, ones])
+
+    args = memory, normal(*shape), normal(*shape), weights
+    specs = Slots(MEMORY_SPEC, MEMORY_SPEC), CHUNKS_SPEC, CHUNKS_SPEC, CHUNKS_SPEC
+    alone, split, moved = compiled(caches_and_gradients, specs, args)
+    assert not moved
+    for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_making_room(kernels):
+    kv = SpectralNoveltyConfig(48, recent_size=12, chunk=16)
+    rng = np.random.default_rng(0)
+    memory = Slots(*(jnp.asarray(rng.normal(size=(2, 2, 48, 64)), "bfloat16") for _ in range(2)))
+    room = functools.partial(kv.make_room, rope=ROPE, maps=kv.constants())
+    alone, split, moved = compiled(room, (Slots(MEMORY_SPEC, MEMORY_SPEC),), (memory,))
+    assert not moved
+    for one, two in zip(alone, split, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("fill", [[70, 3, 9, 127], 70], ids=str)
+@pytest.mark.parametrize("behind", [0, 4])  # heads behind the queries, as fused weights give them
+def test_a_query_a_row(fill, behind, kernels):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    fill = jnp.asarray(fill, jnp.int32)
+    args = (
+        normal(4, 1, 6 + behind, 64),
+        normal(4, 2, 2 * BLOCK, 64),
+        normal(4, 2, 2 * BLOCK, 64),
+        fill,
+    )
+    specs = HEADS_SPEC, MEMORY_SPEC, MEMORY_SPEC, P(BATCH_AXES) if fill.ndim else P()
+    attend = functools.partial(attend_rows, num_heads=6)
+    alone, split, moved = compiled(attend, specs, args)
+    assert not moved or behind  # the queries are cut out first, and are small
+    np.testing.assert_array_equal(alone, split)
