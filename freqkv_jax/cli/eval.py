@@ -273,7 +273,7 @@ class _SuiteRunner:
         import freqkv_jax as fk
         from freqkv_jax.weights import read_config
 
-        config, remembered = read_config(flags["model"])
+        config, remembered = read_config(flags["model"], flags.get("adapter"))
         policy = remembered or fk.FreqKVConfig()
         return fk.Llama(config, policy, flags.get("dtype") or default_dtype())
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import FreqKVConfig, KVPolicy
 from freqkv_jax.model.llama import Llama, check_model_options
-from freqkv_jax.weights.load import load_params, open_source
-from freqkv_jax.weights.peft import merge_adapter, save_adapter
+from freqkv_jax.weights.load import Source, load_params, open_source
+from freqkv_jax.weights.peft import merge_adapter, remembered_policy, save_adapter
 from freqkv_jax.weights.save import save_pretrained
 
 __all__ = ["load_pretrained", "read_config", "save_adapter", "save_pretrained"]
@@ -31,7 +31,8 @@ def load_pretrained(
     Args:
       path: a Hugging Face directory (safetensors, in one file or several), a hub id, or a .gguf
         file (dequantised).
-      kv: cache policy; None takes the one that `save_pretrained` wrote, else FreqKVConfig().
+      kv: cache policy; None takes the one that the adapter or the model was saved with, else
+        FreqKVConfig().
       dtype: of every weight and of activations.
       mesh: spreads the weights by `sharding.RULES`; each host reads only what it holds.
       attention: back end.
@@ -50,17 +51,23 @@ def load_pretrained(
     """
     check_model_options(dtype, attention)
     source = open_source(path)
-    policy = kv or source.policy or FreqKVConfig()
+    policy = kv or _remembered(source, adapter) or FreqKVConfig()
     params = load_params(source, dtype, mesh, float32=float32)
     _warn_beyond_window(source.config, policy)
     model = Llama(source.config, policy, dtype, attention)
     return model, params if adapter is None else merge_adapter(adapter, model, params)
 
 
-def read_config(path: str | os.PathLike[str]) -> tuple[LlamaConfig, KVPolicy | None]:
-    """A model's config and the policy that it remembers, if any, without its weights."""
+def read_config(
+    path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None
+) -> tuple[LlamaConfig, KVPolicy | None]:
+    """A model's config and the policy that it, or its adapter, remembers, if any; no weights."""
     source = open_source(path, weights=False)
-    return source.config, source.policy
+    return source.config, _remembered(source, adapter)
+
+
+def _remembered(source: Source, adapter: str | os.PathLike[str] | None) -> KVPolicy | None:
+    return (remembered_policy(adapter) if adapter is not None else None) or source.policy
 
 
 def _warn_beyond_window(config: LlamaConfig, policy: KVPolicy) -> None:

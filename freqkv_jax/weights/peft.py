@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import numpy as np
 
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.files import write_whole
+from freqkv_jax.kv import KVPolicy, policy_from_dict, policy_to_dict
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.model.lora import TARGETS, abstract_lora, merge_lora
 from freqkv_jax.sharding import tree_path
-from freqkv_jax.weights.hf import read_json
+from freqkv_jax.weights.hf import POLICY_KEY, read_json
 from freqkv_jax.weights.save import gather
 from freqkv_jax.weights.table import Target, nest, targets
 
@@ -24,7 +25,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDING = "embed/embedding"
-# Key in the file's metadata: a sample of the weights that the adapter was trained on.
+# Keys in the weights' metadata, since peft warns of any that its config does not have: the policy
+# (POLICY_KEY), and a sample of the weights that the adapter was trained on.
 BASE_SAMPLE = "freqkv_jax_base"
 SAMPLE = 8  # rows and columns of a sampled kernel
 # Relative distance of two samples: bfloat16 rounds by 0.002, another training moves more.
@@ -62,7 +64,8 @@ def save_adapter(
     alpha: float,
     base: str | None = None,
 ) -> None:
-    """Writes an adapter that peft and `load_pretrained(..., adapter=path)` read.
+    """Writes an adapter that peft and `load_pretrained(..., adapter=path)` read, with the model's
+    policy.
 
     Args:
       trainable: {"lora": adapter tree, "params": trained parameters}, stored float32.
@@ -94,20 +97,26 @@ def save_adapter(
     sample = _base_sample(frozen)
     if jax.process_index() == 0:
         config = _config_json(model.config, trainable["lora"], list(whole), rank, alpha, base)
-        _write(Path(path).expanduser(), tensors, config, sample)
+        about = {
+            POLICY_KEY: json.dumps(policy_to_dict(model.kv)),
+            BASE_SAMPLE: json.dumps(sample),
+        }
+        _write(Path(path).expanduser(), tensors, config, about)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("freqkv_jax.save_adapter")
 
 
-def _write(folder: Path, tensors: dict[str, np.ndarray], config: Any, sample: Any) -> None:
+def _write(
+    folder: Path, tensors: dict[str, np.ndarray], config: Any, about: dict[str, str]
+) -> None:
     from safetensors.numpy import save_file
 
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a directory to write the adapter into")
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    metadata = {"format": "pt", BASE_SAMPLE: json.dumps(sample)}
+    metadata = {"format": "pt", **about}
     # Without its config the folder is no adapter, so it goes first and comes last.
     (folder / CONFIG).unlink(missing_ok=True)
     write_whole(folder / WEIGHTS, lambda name: save_file(tensors, name, metadata=metadata))
@@ -140,6 +149,30 @@ def _config_json(
     }
 
 
+def remembered_policy(path: str | os.PathLike[str]) -> KVPolicy | None:
+    """The cache policy that an adapter was trained with; None if it does not say.
+
+    Raises:
+      FileNotFoundError: the directory or its weights are missing. ValueError: they are damaged.
+    """
+    text = _opened(Path(path).expanduser(), lambda file: file.metadata() or {}).get(POLICY_KEY)
+    return None if text is None else policy_from_dict(json.loads(text))
+
+
+def _opened(folder: Path, read: Callable[[Any], Any]) -> Any:
+    """What `read` makes of an adapter's weights."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: it is not a PEFT adapter directory")
+    try:
+        with safe_open(folder / WEIGHTS, framework="np") as file:
+            return read(file)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is truncated or corrupted: {error}") from error
+
+
 def read_adapter(path: str | os.PathLike[str], config: LlamaConfig) -> Adapter:
     """Reads an adapter directory for a base of this shape.
 
@@ -148,20 +181,14 @@ def read_adapter(path: str | os.PathLike[str], config: LlamaConfig) -> Adapter:
       ValueError: damaged files, a kind of adapter that is not LoRA as read here, or tensors that
         are not those of the base (all listed).
     """
-    from safetensors import SafetensorError, safe_open
+
+    def read(file: Any) -> Any:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
 
     folder = Path(path).expanduser()
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: it is not a PEFT adapter directory")
-    about = read_json(folder / CONFIG)
-    rank, scale = _check_config(about, folder / CONFIG)
-    try:
-        with safe_open(folder / WEIGHTS, framework="np") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is truncated or corrupted: {error}") from error
+    stored, metadata = _opened(folder, read)
+    rank, scale = _check_config(read_json(folder / CONFIG), folder / CONFIG)
     lora, params = _sort(stored, config, rank, folder)
     sample = metadata.get(BASE_SAMPLE)
     return Adapter(lora, params, scale, None if sample is None else json.loads(sample))

@@ -11,11 +11,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from freqkv_jax.kv import FullConfig
+from freqkv_jax.kv import FreqKVConfig, FullConfig, SinkWindowConfig
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.model.lora import init_lora
 from freqkv_jax.training.trainable import lora_scale, merge, split
-from freqkv_jax.weights import load_pretrained, save_adapter
+from freqkv_jax.weights import load_pretrained, read_config, save_adapter
 from freqkv_jax.weights.peft import CONFIG, WEIGHTS, read_adapter
 from tests.tiny import random_params, random_tokens, tiny_config
 from tests.tolerances import LOGITS, assert_close
@@ -32,15 +32,21 @@ def changed(tree, seed):
     )
 
 
+def parts(config, section=None):
+    """What was trained, and what was not."""
+    section = section or run_config(lora_rank=4, lora_targets=["q"]).train
+    adapters = init_lora(config, section.lora_targets, 4)
+    trainable, frozen = split(section, random_params(config), "float32", adapters)
+    return changed(trainable, 1), frozen
+
+
 def trained(tmp_path, tied=True, **train):
     """(base directory, adapter directory, model, merged parameters, config) of a made-up run."""
     config = tiny_config(tie_word_embeddings=tied)
-    params = random_params(config)
-    base = write_hf(tmp_path / "base", config, hf_tensors(params, config))
+    base = write_hf(tmp_path / "base", config, hf_tensors(random_params(config), config))
     section = run_config(lora_rank=4, lora_targets=["q", "v", "down"], **train).train
-    adapters = init_lora(config, section.lora_targets, 4)
-    trainable, frozen = split(section, params, "float32", adapters)
-    trainable, model = changed(trainable, 1), Llama(config, FULL)
+    trainable, frozen = parts(config, section)
+    model = Llama(config, FULL)
     folder = tmp_path / "adapter"
     save_adapter(model, trainable, frozen, folder, 4, section.lora_alpha, str(base))
     return base, folder, model, merge(trainable, frozen, lora_scale(section)), config
@@ -69,6 +75,19 @@ def test_peft_gives_the_merged_logits(tmp_path, tied, embeddings):
     for source in (folder, tmp_path / "again"):
         _, got = load_pretrained(base, FULL, "float32", adapter=source)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, merged)
+
+
+def test_the_policy_is_remembered(tmp_path):
+    """The adapter's before the base's, and what is asked for before both."""
+    base, folder, model, *_ = trained(tmp_path)
+    kv = SinkWindowConfig(cache_size=32)
+    save_adapter(model.clone(kv=kv), *parts(model.config), folder, 4, 8.0)
+    assert read_config(base, folder)[1] == kv and read_config(base)[1] is None
+    assert load_pretrained(base, adapter=folder)[0].kv == kv
+    assert load_pretrained(base, FULL, adapter=folder)[0].kv == FULL
+    stored = load_file(folder / WEIGHTS)
+    save_file(stored, folder / WEIGHTS)  # as peft writes it
+    assert load_pretrained(base, adapter=folder)[0].kv == FreqKVConfig()
 
 
 def test_names_and_metadata(tmp_path):
