@@ -3,7 +3,7 @@
 On NVIDIA the sums are told to XLA in another way (the forms called `cuda`): joins and pads
 become branches in its kernels, which then load number by number. Places that are reckoned, and
 signs that are multiplied, load in wide words: 105 instructions for four numbers of a fold in place
-of 632 (docs/performance.md). The gradients are those of the plain way. For the usual
+of 632 (docs/performance_log.md). The gradients are those of the plain way. For the usual
 sizes `kv.folding_cuda` has kernels in their place; these here are for the rest.
 """
 

@@ -20,7 +20,7 @@ def write_model_folder(folder: Path, tokenizer: bool = True, **changes) -> Llama
     """Writes config.json, model.safetensors and, if asked for, a tokenizer; returns the config."""
     from safetensors.numpy import save_file
 
-    config = tiny_config(vocab_size=VOCAB_SIZE, eos_token_id=258, **changes)
+    config = tiny_config(**{"vocab_size": VOCAB_SIZE, "eos_token_id": 258, **changes})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
     tensors = to_hf_tensors(random_params(config), config)

@@ -14,6 +14,7 @@ import freqkv_jax as fk
 from freqkv_jax import readme
 from freqkv_jax.kv import POLICIES
 from tests.model_folder import write_model_folder
+from tests.tolerances import BF16_LOSS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +37,16 @@ INSTALLS = [line for line in commands() if line.startswith(("make", "pip", "git"
 RUNS = [line for line in commands() if line not in INSTALLS]
 
 
+# A reader wants sizes that measure something, a test those of the tiny model.
+SMALLER = {
+    "--seq-len 8192 --max-windows 4": "--seq-len 200 --stride 64",
+    "--seq-len 32768": "--seq-len 2048 --max-windows 1",
+    "--model llama2-7b --lengths 32740": "--model tiny --cache-size 64 --lengths 124",
+    "--lengths 8192": "--lengths 400",
+    "--cache-size 2048": "--cache-size 128",
+}
+
+
 # As little as the report reads.
 RESULT = {
     "task": "needle",
@@ -51,7 +62,7 @@ def place(tmp_path, monkeypatch):
     """A folder in which MODEL is a tiny model; book.txt, tokens.bin and results can be read."""
     import numpy as np
 
-    write_model_folder(tmp_path / "MODEL", num_heads=4, num_kv_heads=2)
+    write_model_folder(tmp_path / "MODEL", num_heads=4, num_kv_heads=2, vocab_size=260)
     text = "Call me Ishmael. Some years ago, never mind how long precisely, I went to sea. "
     (tmp_path / "book.txt").write_text(text * 4)
     np.arange(9000, dtype="<u2").__mod__(250).tofile(tmp_path / "tokens.bin")
@@ -89,7 +100,8 @@ def test_command_rewrites_the_table(tmp_path, capsys):
 
 
 def test_readme_has_what_the_tests_look_for():
-    assert len(blocks("python")) == 2 and len(RUNS) >= 5
+    assert len(blocks("python")) == 3 and len(RUNS) >= 5
+    assert all(size in README for size in SMALLER)
     assert {"make demo", "make test"} <= set(INSTALLS)
 
 
@@ -111,6 +123,8 @@ def test_make_and_install(line):
 def test_command_runs(line, place, capsys):
     from freqkv_jax.cli import main
 
+    for size, smaller in SMALLER.items():
+        line = line.replace(size, smaller)
     words = shlex.split(line)
     if words[:2] == ["python", "eval.py"]:
         assert (ROOT / "eval.py").is_file()
@@ -127,24 +141,53 @@ def test_command_runs(line, place, capsys):
 
 
 def test_python_runs(place, capsys):
-    code, _ = blocks("python")
+    code, _, on_devices = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) == 10
-    exec(compile(code, "README.md", "exec"), {})
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
     assert len(capsys.readouterr().out.splitlines()) >= 3
+
+    def mean_score():
+        return float(fk.score(names["model"], names["params"], [names["prompt"]]).mean())
+
+    alone = mean_score()
+    exec(compile(on_devices, "README.md", "exec"), names)
+    assert abs(mean_score() / alone - 1) < BF16_LOSS
 
 
 def test_every_policy_is_one_line():
-    _, code = blocks("python")
+    _, code, _ = blocks("python")
     policies = [eval(line, {"fk": fk}) for line in code.splitlines()]
     assert [policy.name for policy in policies] == ["full", "sink_window", "freqkv", "novelty"]
     assert {policy.capacity for policy in policies[1:]} == {2048}
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"])
-def test_links_lead_somewhere(name):
-    files = sorted((ROOT / name).glob("*.md")) if (ROOT / name).is_dir() else [ROOT / name]
-    for file in files:
-        text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-            if not target.startswith(("http", "mailto:")):
-                assert (file.parent / target).exists(), f"{file.name} links to {target}"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    text = re.sub(r"^```.*?^```", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith(("http", "mailto:")):
+            assert (file.parent / target).exists(), f"{file.name} links to {target}"
+
+
+def documented():
+    """Every whole `freqkv` command in the code blocks of docs, by page."""
+    for file in sorted((ROOT / "docs").rglob("*.md")):
+        text = "".join(re.findall(r"^```.*?^```", file.read_text(), re.DOTALL | re.MULTILINE))
+        for line in text.replace("\\\n", " ").splitlines():
+            line = line.partition(" #")[0].strip()
+            if line.startswith("freqkv ") and "..." not in line and "[" not in line:
+                yield pytest.param(line, id=f"{file.name}: {line[:60]}")
+
+
+@pytest.mark.parametrize("line", list(documented()))
+def test_commands_of_the_docs_are_understood(line):
+    """Their flags exist; they are not run."""
+    from freqkv_jax.cli import _parser
+
+    words = shlex.split(line)[1:]
+    _parser(words).parse_args(words)

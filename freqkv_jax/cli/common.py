@@ -95,7 +95,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         help="entries freed in a round (policies that choose; default: an eighth of the cache)",
     )
     group.add_argument(
-        "--bands", type=int, metavar="B", help="frequencies of the low-pass (novelty; default: 4)"
+        "--bands", type=int, metavar="B", help="frequencies of the low-pass (novelty; default: 1)"
     )
     group.add_argument(
         "--value-share",

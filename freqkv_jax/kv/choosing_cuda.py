@@ -2,7 +2,7 @@
 
 A kernel reads entries where they lie, in the caches of all chunks and among the chunks' tokens, and
 writes what stays where attention will read it. XLA wrote keys out in float32, joined, copied and
-transposed whole caches: 0.52 ms a round of the 7B shape on an H200 (docs/performance.md).
+transposed whole caches: 0.52 ms a round of the 7B shape on an H200 (docs/performance_log.md).
 """
 
 import functools

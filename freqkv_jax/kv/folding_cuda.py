@@ -3,7 +3,7 @@
 Between two products of the folded map a round only adds, turns and copies: it writes a chunk's
 cache out of the product's halves, and folds what is mapped with what came since for the next
 product. XLA's kernels for that were bound by their instructions, not by memory: 2.0 of the 3.3 ms
-that the rounds of a 7B layer took at 32740 tokens on an H100 (docs/performance.md).
+that the rounds of a 7B layer took at 32740 tokens on an H100 (docs/performance_log.md).
 """
 
 import functools
