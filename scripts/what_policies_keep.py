@@ -61,7 +61,7 @@ def main() -> None:
         strip.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         worth = (
             f"{result(f'perplexity-{name}')['perplexity']:.2f}",
-            f"{_pass_keys(result(f'needle_written-{name}')):.0f} %",
+            f"{_pass_keys(result(f'needle_written-{name}')):g} %",
             f"{result(f'ruler-{name}-lengths{LENGTH}')['score']:.1f}",
         )
         beside.set_axis_off()
