@@ -57,7 +57,7 @@ def exact_dot(a: Array, b: Array, trans_a: bool = False) -> Array:
     return jax.lax.dot_general(a, b, (sides, ((), ())), precision, jnp.float32)
 
 
-def columns(first: int, width: int) -> Array:
+def columns(first: int | Array, width: int) -> Array:
     """Places `first`, `first` + 1, ... [1, width] beside others that are reckoned: of these and of
     slices together Pallas' interpreter takes none."""
     return first + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)

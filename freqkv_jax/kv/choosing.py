@@ -218,12 +218,12 @@ class ChoosingPolicy(KVPolicy):
             v[:, :, behind],
             jnp.zeros(1, jnp.int32),
         )
-        start = self._with_sinks(choose(full))
+        start = choose(full)
         whole = choosing_cuda.moved(full, start, turns, chunks)
 
         def one_round(whole: Parts, index: Array) -> tuple[Parts, Array]:
             full = choosing_cuda.Full(*whole, *tokens, index[None])
-            old = self._with_sinks(choose(full))
+            old = choose(full)
             return choosing_cuda.moved(full, old, turns), old
 
         index = jnp.arange(chunks - 1, dtype=jnp.int32)
@@ -232,7 +232,8 @@ class ChoosingPolicy(KVPolicy):
         return whole, jnp.concatenate([start[None], rest])
 
     def chooser_on_gpu(self, rope: Rope, maps: Maps) -> Callable[[choosing_cuda.Full], Array]:
-        """`choose`, given where full caches lie; a subclass may have kernels for it."""
+        """The slots that stay, int [B, K, P], given where full caches lie; a subclass may have
+        kernels for it."""
 
         def choose(full: choosing_cuda.Full) -> Array:
             at = full.index[0]
@@ -240,7 +241,7 @@ class ChoosingPolicy(KVPolicy):
                 jnp.concatenate([cache[:, at], new[:, at]], axis=1)
                 for cache, new in ((full.k, full.k_new), (full.v, full.v_new))
             )
-            return self._choose_among((k, v), rope, maps)
+            return self._with_sinks(self._choose_among((k, v), rope, maps))
 
         return choose
 
@@ -310,11 +311,16 @@ def highest(score: Array, count: int) -> Array:
     """
     if count == 0:
         return jnp.zeros(score.shape, bool)
-    score = jnp.round(score / GRID)
+    score = on_grid(score)
     limit = _sorted(score)[..., -count][..., None]
     above, equal = score > limit, score == limit
     left = count - above.sum(axis=-1, keepdims=True, dtype=jnp.int32)
     return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= left))
+
+
+def on_grid(score: Array) -> Array:
+    """Scores as they are compared."""
+    return jnp.round(score / GRID)
 
 
 def _sorted(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Rounds of choosing as Triton kernels (Pallas) on NVIDIA: scores of keys, and what stays, moved.
+"""Rounds of choosing as Triton kernels (Pallas) on NVIDIA: scores of keys, who stays, and the move.
 
 A kernel reads entries where they lie, in the caches of all chunks and among the chunks' tokens, and
 writes what stays where attention will read it. XLA wrote keys out in float32, joined, copied and
@@ -6,7 +6,7 @@ transposed whole caches: 0.52 ms a round of the 7B shape on an H200 (docs/perfor
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from freqkv_jax import nvidia
-from freqkv_jax.nvidia import columns, exact_dot, load, store, triton, turned
+from freqkv_jax.nvidia import columns, exact_dot, load, masked, store, triton, turned
 
 TILE = 32  # entries that a program holds at a time
+WIDE = 128  # others that it compares them with at a time
 # About so many programs share the entries of a text that are scored, eight a processor of a Hopper.
 # How many texts there are must not change in which order sums are taken.
 PROGRAMS = 1056
@@ -114,6 +115,72 @@ def _entries(
     place = jnp.where(cached, 0, slot - prefix)[:, None]
     new = load(new_ref.at[row, index, place, head, some], ~cached & inside, shape)
     return jnp.where(jnp.broadcast_to(cached[:, None], shape), old, new)
+
+
+def staying(score: Float[Array, "B K m"], keep: int, sink: int, recent: int) -> Int[Array, "B K P"]:
+    """The slots that stay of a full cache, in order: sinks, the `keep` of the m behind them that
+    have the highest scores, of equal ones the lowest, and recents.
+
+    Every entry counts those before it: two kernels of a few us where XLA sorts twice.
+    """
+    batch, heads, size = score.shape
+    chosen = nvidia.call(
+        functools.partial(_chosen, keep=keep),
+        (batch, heads, -(-size // TILE)),
+        jax.ShapeDtypeStruct(score.shape, jnp.int32),
+    )(score)
+    return nvidia.call(
+        functools.partial(_places, keep=keep, sink=sink),
+        (batch, heads, -(-max(size, sink + recent) // TILE)),
+        jax.ShapeDtypeStruct((batch, heads, sink + keep + recent), jnp.int32),
+    )(chosen)
+
+
+def _chosen(score_ref: Any, out_ref: Any, *, keep: int) -> None:
+    """Whether TILE entries of a head are among the `keep` highest."""
+    here, at, inside = _tile(score_ref)
+    score = load(score_ref.at[here], inside)[:, None]
+
+    def before(other: Array, place: Array) -> Array:
+        return (other > score) | ((other == score) & (place < at[:, None]))
+
+    triton.store(
+        out_ref.at[here], (_counted(score_ref, before) < keep).astype(jnp.int32), mask=inside
+    )
+
+
+def _places(chosen_ref: Any, old_ref: Any, *, keep: int, sink: int) -> None:
+    """Writes TILE entries of a head that stay to their places; and sinks and recents."""
+    here, at, inside = _tile(chosen_ref)
+    row, head, _ = here
+    chosen = load(chosen_ref.at[here], inside) > 0
+    place = _counted(chosen_ref, lambda other, place: (other > 0) & (place < at[:, None]))
+    chosen &= place < keep
+    triton.store(old_ref.at[row, head, masked(sink + place, chosen)], sink + at, mask=chosen)
+    fixed = at < old_ref.shape[2] - keep
+    gap = jnp.where(at < sink, 0, keep)  # recents lie behind all m, and move behind those that stay
+    to, come_from = at + gap, jnp.where(at < sink, at, at + chosen_ref.shape[2])
+    triton.store(old_ref.at[row, head, masked(to, fixed)], come_from, mask=fixed)
+
+
+def _tile(ref: Any) -> tuple[tuple[Array, Array, Any], Array, Array]:
+    """Where a program's entries lie in [B, K, m], their places, and which of them there are."""
+    row, head, tile = (pl.program_id(axis) for axis in range(3))
+    at = tile * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    return (row, head, pl.ds(tile * TILE, TILE)), at, at < ref.shape[2]
+
+
+def _counted(ref: Any, before: Callable[[Array, Array], Array]) -> Array:
+    """How many of a head's entries stand before each of a program's, int32 [TILE]."""
+    row, head, size = pl.program_id(0), pl.program_id(1), ref.shape[2]
+
+    def add(part: Array, total: Array) -> Array:
+        place = columns(part * WIDE, WIDE)
+        there = place < size
+        other = load(ref.at[row, head, pl.ds(part * WIDE, WIDE)], there[0])[None]
+        return total + jnp.sum((before(other, place) & there).astype(jnp.int32), axis=1)
+
+    return jax.lax.fori_loop(0, -(-size // WIDE), add, jnp.zeros(TILE, jnp.int32))
 
 
 def scores_fit(num_bands: int, head_dim: int) -> bool:

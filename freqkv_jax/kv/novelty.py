@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from freqkv_jax.kv import choosing_cuda
-from freqkv_jax.kv.choosing import ChoosingPolicy, highest
+from freqkv_jax.kv.choosing import ChoosingPolicy, highest, on_grid
 from freqkv_jax.kv.policy import Maps, register
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import axis_size
@@ -118,8 +118,8 @@ class SpectralNoveltyConfig(ChoosingPolicy):
 
         def choose(full: choosing_cuda.Full) -> Array:
             score = choosing_cuda.novelty(full, basis, back, self.sink_size)
-            chosen = highest(self._compared(score), self.keep)
-            return jnp.broadcast_to(chosen, score.shape)
+            compared = jnp.broadcast_to(on_grid(self._compared(score)), score.shape)
+            return choosing_cuda.staying(compared, self.keep, self.sink_size, self.recent_size)
 
         return choose
 
