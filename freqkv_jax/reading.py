@@ -230,7 +230,9 @@ def state_prefix(mesh: Mesh, kv: KVPolicy) -> KVState:
 def placed_maps(kv: KVPolicy, mesh: Mesh | None) -> dict[str, dict[str, Array]]:
     """The collection "maps" on its devices, a copy on each of a mesh."""
     where = None if mesh is None else NamedSharding(mesh, P())
-    arrays = {name: jax.device_put(array, where) for name, array in kv.constants().items()}
+    # Kept for good, so they must be arrays, whatever is being traced when they are first asked for.
+    with jax.ensure_compile_time_eval():
+        arrays = {name: jax.device_put(array, where) for name, array in kv.constants().items()}
     return {"kv": arrays}
 
 

@@ -11,7 +11,7 @@ import pytest
 import freqkv_jax as fk
 from freqkv_jax import programs
 from freqkv_jax.decode import SCAN_LENGTHS
-from freqkv_jax.reading import compiled
+from freqkv_jax.reading import compiled, placed_maps
 from tests import oracle
 from tests.tiny import parallel_logits, random_params, random_tokens, tiny_config
 from tests.tolerances import LOGITS, assert_close
@@ -296,6 +296,15 @@ def test_decode_scan_freezes_rows():
     assert new.tolist() == want.tolist() == known.tolist()
     assert_close(after, after_want, LOGITS)
     same_state(end, end_want)
+
+
+def test_what_is_first_called_under_jit_leaves_no_tracer():
+    model, params, tokens, _ = setup()
+    logits, state = fk.prefill(model, params, tokens[:, :9])
+    placed_maps.cache_clear()
+    new = jax.jit(lambda x: fk.decode_scan(model, params, state, x, 20)[0])(logits)
+    again, state = fk.prefill(model, params, tokens[:, :9])
+    assert fk.decode(model, params, state, again, 20)[0].tolist() == new.tolist()
 
 
 def test_decode_scan_refuses():

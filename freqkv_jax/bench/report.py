@@ -21,7 +21,6 @@ from freqkv_jax.bench.timing import (
     measure_host,
     program_bytes,
 )
-from freqkv_jax.reading import placed_maps
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -123,7 +122,6 @@ def _compile(case: Case, params: Any) -> Row:
         built.append(case.build(params))
         return built[0].first if isinstance(built[0], Program) else None
 
-    placed_maps(case.model.kv, None)  # kept for good: it must not meet a tracer first
     first = jax.eval_shape(arguments, params)
     if first is None:
         return _about(case) | {"skipped": "many programs, driven from the host: run it"}
