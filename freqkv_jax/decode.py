@@ -10,12 +10,15 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from freqkv_jax import programs
+from freqkv_jax.kv.policy import whole_number
 from freqkv_jax.kv.state import KVState
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.model.llama import maps as maps_of
 from freqkv_jax.reading import (
     OnProgress,
     Runner,
+    check_logits,
+    check_state,
     checked_tokens,
     copied,
     cut,
@@ -104,13 +107,14 @@ def decode(
       tokens int32 [B, num_steps], all of them read; logits for the token after; the state.
 
     Raises:
-      ValueError: a sampling value out of range, no key, bad num_steps, eos_id or state.
+      ValueError: a sampling value out of range, no key, bad num_steps, eos_id, logits or state.
       TypeError: called under jit (use `decode_scan` there).
     """
-    _check_steps(num_steps)
+    num_steps = whole_number("num_steps", num_steps, 0)
     rule, draw = sampling(temperature, top_k, top_p, key, state.batch)
     decoder = Decoder(model, params, rule, draw, eos_ids(model, eos_id), state.batch)
     decoder.run.check_state(state)
+    check_logits(model, logits, state.batch)
     if not num_steps:
         return jnp.zeros((state.batch, 0), jnp.int32), logits, state
     tokens, logits, state = decoder.steps(state, logits, num_steps)
@@ -199,7 +203,9 @@ def decode_scan(
     Raises:
       ValueError: as `decode`; rows of different fill, a full cache without room.
     """
-    _check_steps(num_steps)
+    num_steps = whole_number("num_steps", num_steps, 0)
+    check_state(model, state, state.batch)
+    check_logits(model, logits, state.batch)
     kv = model.kv
     if maps is None:
         traced = isinstance(state.fill, Tracer)
@@ -281,13 +287,9 @@ def eos_ids(model: Llama, eos_id: int | Sequence[int] | None) -> np.ndarray | No
     if not ids.size:
         return None
     vocab = model.config.vocab_size
-    if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= vocab:
+    whole = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
+    if not whole or ids.min() < 0 or ids.max() >= vocab:
         raise ValueError(
             f"eos_id must be token ids from 0 to {vocab - 1}, one or a list, got {eos_id!r}"
         )
     return ids.astype(np.int32)
-
-
-def _check_steps(num_steps: int) -> None:
-    if not isinstance(num_steps, (int, np.integer)) or num_steps < 0:
-        raise ValueError(f"num_steps must be a whole number >= 0, got {num_steps!r}")

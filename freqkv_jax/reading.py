@@ -15,10 +15,11 @@ from jaxtyping import Array
 
 from freqkv_jax import programs
 from freqkv_jax.compile_options import reading as reading_options
+from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv.policy import KVPolicy
 from freqkv_jax.kv.state import KVState, empty_state, grown
 from freqkv_jax.model.llama import Llama
-from freqkv_jax.sharding import BATCH_AXES, P, check_mesh, mesh_of
+from freqkv_jax.sharding import BATCH_AXES, P, check_mesh, mesh_of, tree_path
 
 # Weights up to so many bytes are copied into one array a block read, so that programs are compiled
 # for one layer: a 135M model's first prefill on a GPU compiled for 50 s. On a mesh never: there the
@@ -128,20 +129,7 @@ class Runner:
     def check_state(self, state: KVState) -> None:
         """ValueError if the state is another policy's, model's or batch's."""
         refuse_tracers(state)
-        if state.policy != self.model.kv:
-            raise ValueError(
-                f"the state belongs to policy {state.policy}, the model has {self.model.kv};"
-                " use model.clone(kv=state.policy), or read the text anew"
-            )
-        if state.batch != self.batch:
-            raise ValueError(
-                f"the state holds {state.batch} rows, the call has {self.batch}; they must agree"
-            )
-        if len(state.layers) != self.model.config.num_layers:
-            raise ValueError(
-                f"the state has {len(state.layers)} layers, the model"
-                f" {self.model.config.num_layers}; it belongs to another model"
-            )
+        check_state(self.model, state, self.batch)
 
     def with_slots(self, state: KVState, slots: int) -> KVState:
         """An unbounded state with at least `slots` slots; a bounded one as it is."""
@@ -234,6 +222,65 @@ def placed_maps(kv: KVPolicy, mesh: Mesh | None) -> dict[str, dict[str, Array]]:
     with jax.ensure_compile_time_eval():
         arrays = {name: jax.device_put(array, where) for name, array in kv.constants().items()}
     return {"kv": arrays}
+
+
+def check_state(model: Llama, state: KVState, batch: int) -> None:
+    """ValueError if the state is another policy's, model's or batch's, by what jit knows of it."""
+    if state.policy != model.kv:
+        raise ValueError(
+            f"the state belongs to policy {state.policy}, the model has {model.kv};"
+            " use model.clone(kv=state.policy), or read the text anew"
+        )
+    if state.batch != batch:
+        raise ValueError(
+            f"the state holds {state.batch} rows, the call has {batch}; they must agree"
+        )
+    if len(state.layers) != model.config.num_layers:
+        raise ValueError(
+            f"the state has {len(state.layers)} layers, the model"
+            f" {model.config.num_layers}; it belongs to another model"
+        )
+    slots = None if model.kv.capacity is not None else state.slots
+    want = _empty_shapes(model.config, model.kv, batch, model.dtype, slots)
+    wrong = _misshaped(state, want)
+    if wrong:
+        raise ValueError(
+            f"the state's {wrong[0]}; it belongs to another model or dtype: use the one that made"
+            " it, or read the text anew"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _empty_shapes(
+    config: LlamaConfig, kv: KVPolicy, batch: int, dtype: str, slots: int | None
+) -> KVState:
+    return jax.eval_shape(lambda: empty_state(config, kv, batch, dtype, slots))
+
+
+def _misshaped(state: KVState, want: KVState) -> list[str]:
+    """What differs in shape or dtype from the leaves of `want`."""
+    found, wanted = (
+        {tree_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        for tree in (state, want)
+    )
+    if found.keys() != wanted.keys():
+        return [f"arrays are {', '.join(found)}, the model's {', '.join(wanted)}"]
+    return [
+        f"{name} is {leaf.dtype} {list(leaf.shape)}, the model's"
+        f" {wanted[name].dtype} {list(wanted[name].shape)}"
+        for name, leaf in found.items()
+        if (leaf.shape, leaf.dtype) != (wanted[name].shape, wanted[name].dtype)
+    ]
+
+
+def check_logits(model: Llama, logits: Any, batch: int) -> None:
+    """ValueError unless the logits are [B, V]."""
+    want = (batch, model.config.vocab_size)
+    if np.shape(logits) != want:
+        raise ValueError(
+            f"logits must be [B, V] = {list(want)}, got {list(np.shape(logits))}; give those that"
+            " came with the state"
+        )
 
 
 def refuse_tracers(tree: Any) -> None:

@@ -364,8 +364,38 @@ def test_a_state_of_another_policy_or_batch_is_refused():
         fk.prefill(model, params, tokens[:1], state=state)
     with pytest.raises(ValueError, match="num_steps must be a whole number"):
         fk.decode(model, params, state, logits, -1)
-    with pytest.raises(ValueError, match="eos_id must be token ids from 0 to 60"):
-        fk.decode(model, params, state, logits, 1, eos_id=[3, 61])
+    for ids in ([3, 61], [[3, 4]], 3.0, "a"):
+        with pytest.raises(
+            ValueError, match="eos_id must be token ids from 0 to 60, one or a list"
+        ):
+            fk.decode(model, params, state, logits, 1, eos_id=ids)
+
+
+def decode_scan_jitted(model, params, state, logits, num_steps):
+    return jax.jit(lambda s, x: fk.decode_scan(model, params, s, x, num_steps))(state, logits)
+
+
+@pytest.mark.parametrize("function", [fk.decode, fk.decode_scan, decode_scan_jitted])
+def test_what_does_not_belong_to_the_model_is_refused(function):
+    model, params, tokens, _ = setup()
+    logits, state = fk.prefill(model, params, tokens)
+    layers = state.layers
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), layers)
+    fewer = jax.tree.map(lambda x: x[:, :1], layers)
+    counted = tuple((*memory, state.fill) for memory in layers)
+    for changes, message in [
+        ({"policy": fk.SinkWindowConfig(16, 4)}, "the state belongs to policy SinkWindowConfig"),
+        ({"layers": layers[:1]}, "the state has 1 layers, the model 2; it belongs to another"),
+        ({"layers": fewer}, r"layers/0/k is float32 \[2, 1, 16, 8\], the model's float32 \[2, 2"),
+        ({"layers": halves}, "layers/0/k is bfloat16 .*, the model's float32 .*model or dtype"),
+        ({"layers": counted}, "the state's arrays are layers/0/0, .* the model's layers/0/k"),
+        ({"seen": state.seen[:1]}, r"seen is int32 \[1\], the model's int32 \[2\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            function(model, params, dataclasses.replace(state, **changes), logits, 3)
+    for wrong in (logits[:1], logits[:, :-1], logits[:, None]):
+        with pytest.raises(ValueError, match=r"logits must be \[B, V\] = \[2, 61\], got \["):
+            function(model, params, state, wrong, 3)
 
 
 def test_drivers_refuse_to_be_traced():
