@@ -1,6 +1,7 @@
 """Prefill and decode: prompts of any length into a state, and tokens out of it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -195,13 +196,14 @@ def decode_scan(
 
     Arguments and results are `decode`'s, and besides:
       maps: `fk.maps(model)`, to be passed through your own jit as an argument; without it the
-        policy's arrays become constants of the program (67 MB at a cache of 4096).
+        policy's arrays become constants of the program (17 MB for FreqKV at a cache of 4096).
     Donate the state at your jit boundary. Where the fill is known (the state is no argument of
     the jit) every loop has a fixed length; else an inner loop ends by a comparison, which on a
     GPU the host waits for.
 
     Raises:
-      ValueError: as `decode`; rows of different fill, a full cache without room.
+      ValueError: as `decode`; where the fill is known, rows of different fill and a full cache
+        without room. Where it is not known these give NaN for all logits and -1 for all tokens.
     """
     num_steps = whole_number("num_steps", num_steps, 0)
     check_state(model, state, state.batch)
@@ -210,10 +212,12 @@ def decode_scan(
     if maps is None:
         traced = isinstance(state.fill, Tracer)
         maps = maps_of(model) if traced else placed_maps(kv, None)
-    variables = {"params": params, "maps": maps}
     rule, draw = sampling(temperature, top_k, top_p, key, state.batch)
     ids = eos_ids(model, eos_id)
     eos = None if ids is None else jnp.asarray(ids)
+    if not num_steps:
+        return jnp.zeros((state.batch, 0), jnp.int32), logits, state
+    scan = _Scan(model, {"params": params, "maps": maps}, rule, draw, eos)
     known = _known_fill(state, eos is not None)
     if kv.capacity is None and (known or 0) + num_steps > state.slots:
         raise ValueError(
@@ -222,48 +226,73 @@ def decode_scan(
         )
     fill = programs.common_fill(state, eos is not None) if known is None else jnp.int32(known)
     tokens = jnp.zeros((state.batch, num_steps), jnp.int32)
+    carry = (state, logits, fill, jnp.int32(0), tokens)
+    if kv.capacity is None:
+        carry = scan.steps(carry, num_steps)
+    elif known is not None:
+        carry = scan.rounds(carry, num_steps, kv.capacity - known)
+    else:
+        carry = scan.segments(carry, num_steps)
+    end, last, _, _, tokens = carry
+    if known is None:
+        uneven = (state.fill != fill) & (True if eos is None else ~state.ended)
+        wrong = jnp.any(uneven | (end.fill > end.slots))
+        last, tokens = jnp.where(wrong, jnp.nan, last), jnp.where(wrong, -1, tokens)
+    return tokens, last, end
 
-    def some_steps(carry: Any, count: Any) -> Any:
+
+@dataclass(frozen=True)
+class _Scan:
+    """The loops of `decode_scan`. A carry is state, logits, common fill, tokens done, tokens."""
+
+    model: Llama
+    variables: programs.Variables
+    rule: Sampling
+    draw: Draw
+    eos: Array | None
+
+    def steps(self, carry: Any, count: Any) -> Any:
         """`count` steps for which there is room; a scan where count is a number."""
 
         def step(_: Any, carry: Any) -> Any:
             state, logits, fill, done, out = carry
             new, logits, state = programs.decode_step(
-                model, variables, state, logits, fill, rule, draw, eos
+                self.model, self.variables, state, logits, fill, self.rule, self.draw, self.eos
             )
             out = jax.lax.dynamic_update_slice_in_dim(out, new[:, None], done, axis=1)
             return state, logits, fill + 1, done + 1, out
 
         return jax.lax.fori_loop(0, count, step, carry)
 
-    def after_room(carry: Any) -> Any:
+    def after_room(self, carry: Any) -> Any:
+        """Makes room in all rows that run."""
         state, logits, fill, *rest = carry
-        due = None if eos is None else ~state.ended
-        state = programs.make_room(model, variables, state, due)
-        return state, logits, jnp.full_like(fill, kv.prefix), *rest
+        due = None if self.eos is None else ~state.ended
+        state = programs.make_room(self.model, self.variables, state, due)
+        return state, logits, jnp.full_like(fill, self.model.kv.prefix), *rest
 
-    carry = (state, logits, fill, jnp.int32(0), tokens)
-    if kv.capacity is None:
-        carry = some_steps(carry, num_steps)
-    elif known is not None:
-        first = min(num_steps, kv.capacity - known)
-        rounds, rest = divmod(num_steps - first, kv.chunk)
-        carry = some_steps(carry, first)
+    def rounds(self, carry: Any, num_steps: int, room: int) -> Any:
+        """Behind a known fill, with `room` slots free: every loop has a fixed length."""
+        chunk = self.model.kv.chunk
+        first = min(num_steps, room)
+        rounds, rest = divmod(num_steps - first, chunk)
+        carry = self.steps(carry, first)
         carry = jax.lax.fori_loop(
-            0, rounds, lambda _, c: some_steps(after_room(c), kv.chunk), carry
+            0, rounds, lambda _, carry: self.steps(self.after_room(carry), chunk), carry
         )
-        carry = some_steps(after_room(carry), rest) if rest else carry
-    else:
-        size = kv.capacity
+        return self.steps(self.after_room(carry), rest) if rest else carry
+
+    def segments(self, carry: Any, num_steps: int) -> Any:
+        """Behind a fill that only the device knows."""
+        size = self.model.kv.capacity
 
         def segment(_: Any, carry: Any) -> Any:
             left = num_steps - carry[3]
-            carry = jax.lax.cond((carry[2] == size) & (left > 0), after_room, lambda c: c, carry)
-            return some_steps(carry, jnp.minimum(left, size - carry[2]))
+            full = (carry[2] == size) & (left > 0)
+            carry = jax.lax.cond(full, self.after_room, lambda carry: carry, carry)
+            return self.steps(carry, jnp.minimum(left, size - carry[2]))
 
-        carry = jax.lax.fori_loop(0, 1 + -(-num_steps // kv.chunk), segment, carry)
-    state, logits, _, _, tokens = carry
-    return tokens, logits, state
+        return jax.lax.fori_loop(0, 1 + -(-num_steps // self.model.kv.chunk), segment, carry)
 
 
 def _known_fill(state: KVState, masked: bool) -> int | None:

@@ -318,6 +318,45 @@ def test_decode_scan_refuses():
         fk.decode_scan(full, params, state, logits, 200)
 
 
+def decode_scan_jitted(model, params, state, logits, num_steps):
+    return jax.jit(lambda s, x: fk.decode_scan(model, params, s, x, num_steps))(state, logits)
+
+
+def shows_wrong_use(result):
+    tokens, logits, _ = result
+    return bool(jnp.isnan(logits).all()) and set(tokens.ravel().tolist()) == {-1}
+
+
+def shows_none(result):
+    tokens, logits, _ = result
+    return bool(jnp.isfinite(logits).all()) and int(tokens.min()) >= 0
+
+
+@pytest.mark.parametrize("kv", [POLICIES[0], POLICIES[5]], ids=str)
+def test_decode_scan_shows_rows_of_different_fill_under_jit(kv):
+    model, params, tokens, _ = setup(kv)
+    logits, state = fk.prefill(model, params, tokens, [3, 9])
+    run = jax.jit(
+        lambda s, x, eos: fk.decode_scan(model, params, s, x, 4, eos_id=eos), static_argnums=2
+    )
+    assert shows_wrong_use(run(state, logits, None))
+    assert shows_wrong_use(run(state, logits, 60))
+    # A frozen row's fill does not count.
+    frozen = dataclasses.replace(state, end_token=jnp.array([60, -1], jnp.int32))
+    new, after, end = run(frozen, logits, 60)
+    want, after_want, end_want = fk.decode(model, params, frozen, logits, 4, eos_id=60)
+    assert new.tolist() == want.tolist()
+    assert_close(after, after_want, LOGITS)
+    same_state(end, end_want)
+
+
+def test_decode_scan_shows_a_full_cache_without_room_under_jit():
+    model, params, tokens, _ = setup(POLICIES[5])
+    logits, state = fk.prefill(model, params, tokens)  # 70 of 256 slots
+    assert shows_none(decode_scan_jitted(model, params, state, logits, 186))
+    assert shows_wrong_use(decode_scan_jitted(model, params, state, logits, 187))
+
+
 def test_equal_models_share_programs():
     model, params, tokens, _ = setup()
     logits, state = fk.prefill(model, params, tokens)
@@ -371,8 +410,14 @@ def test_a_state_of_another_policy_or_batch_is_refused():
             fk.decode(model, params, state, logits, 1, eos_id=ids)
 
 
-def decode_scan_jitted(model, params, state, logits, num_steps):
-    return jax.jit(lambda s, x: fk.decode_scan(model, params, s, x, num_steps))(state, logits)
+@pytest.mark.parametrize("function", [fk.decode_scan, decode_scan_jitted, fk.decode])
+def test_no_steps(function):
+    model, params, tokens, _ = setup()
+    logits, state = fk.prefill(model, params, tokens)
+    new, after, end = function(model, params, state, logits, 0)
+    assert new.shape == (2, 0) and new.dtype == jnp.int32
+    assert_close(after, logits, 0)
+    same_state(end, state, 0)
 
 
 @pytest.mark.parametrize("function", [fk.decode, fk.decode_scan, decode_scan_jitted])
