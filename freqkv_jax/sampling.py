@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from freqkv_jax.kv.policy import whole_number
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,8 +36,8 @@ def sampling(
     """The two parts of a sampling rule; ValueError for values out of range or a missing key."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}")
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-        raise ValueError(f"top_k must be a whole number >= 1, or None for all, got {top_k!r}")
+    if top_k is not None:
+        top_k = whole_number("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], or None for all, got {top_p!r}")
     if temperature == 0:
@@ -45,14 +47,22 @@ def sampling(
             f"temperature {temperature} samples, which needs key: pass key=jax.random.key(seed),"
             " or temperature=0 for greedy decoding"
         )
-    keys = key
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        keys = jax.random.wrap_key_data(keys)
+    keys = _wrapped(key)
     if keys.shape not in ((), (batch,)):
         raise ValueError(f"key must be one key or one a row ({batch}), got shape {keys.shape}")
     nucleus = top_p is not None and top_p < 1
     share = jnp.float32(top_p) if nucleus else None
     return Sampling(False, top_k, nucleus), Draw(keys, jnp.float32(temperature), share)
+
+
+def _wrapped(key: Any) -> Array:
+    """`key` as a typed key, made of raw key data if it is that; ValueError if it is neither."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if dtype != jnp.uint32 or not key.ndim:
+        raise ValueError(f"key must be a PRNG key, such as jax.random.key(3), got {key!r}")
+    return jax.random.wrap_key_data(key)
 
 
 def pick(

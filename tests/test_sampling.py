@@ -53,6 +53,11 @@ def test_top_k_beyond_the_vocabulary_keeps_all():
     np.testing.assert_allclose(draw_many(LOGITS, top_k=100), softmax(LOGITS), atol=0.02)
 
 
+def test_top_k_may_be_a_numpy_integer():
+    rule, _ = sampling(1.0, np.int64(3), None, jax.random.key(0), 1)
+    assert rule == sampling(1.0, 3, None, jax.random.key(0), 1)[0] and type(rule.top_k) is int
+
+
 def test_top_p_keeps_the_smallest_set_that_reaches_the_share():
     shares = np.array([0.5, 0.3, 0.15, 0.05])
     got = draw_many(np.log(shares), top_p=0.6)  # 0.5 is short of it, 0.8 is not
@@ -104,7 +109,11 @@ def test_one_key_is_folded_with_the_row():
         ({"top_k": 2.5}, "top_k must be a whole number >= 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+        ({"top_k": True}, "top_k must be a whole number >= 1"),
         ({"key": None}, "needs key"),
+        ({"key": 3}, r"must be a PRNG key, such as jax.random.key\(3\), got 3"),
+        ({"key": np.uint32(3)}, "must be a PRNG key"),
+        ({"key": np.zeros(2)}, "must be a PRNG key"),
         ({"key": jax.random.split(jax.random.key(0), 3)}, "one key or one a row"),
     ],
 )
