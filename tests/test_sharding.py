@@ -9,8 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from freqkv_jax import sharding
 from freqkv_jax.config import SHAPES, shape_named
-from freqkv_jax.kv import FreqKVConfig
+from freqkv_jax.kv import FreqKVConfig, FullConfig
 from freqkv_jax.kv.state import empty_state
+from freqkv_jax.model.llama import Llama
+from freqkv_jax.model.params import init_params
 from tests.tiny import random_params, tiny_config
 
 
@@ -149,6 +151,12 @@ def test_check_mesh_names_what_does_not_divide():
 def test_check_mesh_accepts_what_divides(name):
     sharding.check_mesh(SHAPES[name], sharding.make_mesh(1, 1, 8), batch=1)
     sharding.check_mesh(SHAPES[name], sharding.make_mesh(2, 2, 2), batch=8)
+
+
+def test_random_parameters_need_a_mesh_that_divides():
+    model = Llama(tiny_config(4, 2), FullConfig())
+    with pytest.raises(ValueError, match="does not divide num_kv_heads 2 by tensor=4, vocab_size"):
+        init_params(model, mesh=sharding.make_mesh(tensor=4))
 
 
 def test_check_mesh_checks_each_size():
