@@ -1,6 +1,7 @@
 """The shape of a Llama model: a frozen config, read from and written to config.json."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,10 @@ ROPE_FIELDS = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base `theta` and how its frequencies are scaled (`rope_type`)."""
+    """Rotary embedding: base `theta` and how its frequencies are scaled (`rope_type`).
+
+    Raises ValueError for an unknown type, a field that it needs and lacks, or a bad value.
+    """
 
     theta: float
     rope_type: str = "default"
@@ -37,8 +41,15 @@ class RopeConfig:
                 f"rope_type {self.rope_type!r} needs {', '.join(missing)}, which the config lacks;"
                 " add it to rope_scaling (or rope_parameters) in config.json"
             )
-        if not self.theta > 0:
-            raise ValueError(f"rope theta must be positive, got {self.theta}")
+        for field in ("theta", *ROPE_FIELDS[self.rope_type]):
+            value = getattr(self, field)
+            if not 0 < value < math.inf:
+                raise ValueError(f"rope {field} must be positive, got {value}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"rope low_freq_factor must be below high_freq_factor, got {low} and {high}"
+            )
 
     def scaling_dict(self) -> dict[str, Any]:
         """The fields beside theta, under Hugging Face's names."""
@@ -82,6 +93,8 @@ class LlamaConfig:
                 f"num_attention_heads {self.num_heads} must be a multiple of num_key_value_heads"
                 f" {self.num_kv_heads}"
             )
+        if not 0 <= self.rms_norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps must be 0 or positive, got {self.rms_norm_eps}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
 

@@ -102,6 +102,21 @@ REFUSED = [
     ),
     ({"rope_theta": None}, "has no rope_theta"),
     ({"rope_theta": -1.0}, "rope theta must be positive, got -1.0"),
+    ({"rope_theta": float("nan")}, "rope theta must be positive, got nan"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope factor must be positive, got 0"),
+    (
+        {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 0.0}},
+        "rope low_freq_factor must be positive, got 0.0",
+    ),
+    (
+        {"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 0}},
+        "rope original_max_position_embeddings must be positive, got 0",
+    ),
+    (
+        {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}},
+        "rope low_freq_factor must be below high_freq_factor, got 4.0 and 4.0",
+    ),
+    ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be 0 or positive, got -1e-05"),
     ({"vocab_size": None, "rms_norm_eps": None}, "config.json lacks vocab_size, rms_norm_eps"),
     ({"num_key_value_heads": 4}, "num_attention_heads 6 must be a multiple of .* 4"),
     ({"head_dim": 7}, "head_dim must be even for rotary embedding, got 7"),
