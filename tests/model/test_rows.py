@@ -29,14 +29,20 @@ def test_a_length_of_no_multiple(kv, monkeypatch):
 
 
 def test_blocks_of_chunks(monkeypatch):
-    """Seven tokens a chunk: two chunks are no multiple."""
+    """Seven tokens a chunk: the two chunks behind the first 16 tokens are no multiple."""
     monkeypatch.setattr(llama, "MANY_ROWS", 8)
     kv = fk.FreqKVConfig(cache_size=16, sink_size=2)
     model, params = fk.Llama(CONFIG, kv, "bfloat16"), random_params(CONFIG)
-    tokens = np.asarray(random_tokens(CONFIG, 1, 16 + 14))
-    found = []
-    for unit in (8, 1):
+    tokens = np.asarray(random_tokens(CONFIG, 1, 16 + 15))  # the last is scored, not read
+    found, paddings = [], []
+    padding = llama.row_padding
+    monkeypatch.setattr(
+        llama, "row_padding", lambda *args: paddings.append(padding(*args)) or paddings[-1]
+    )
+    for unit, padded in ((8, [2]), (1, [0])):
         monkeypatch.setattr(llama, "ROW_UNIT", unit)
         jax.clear_caches()
+        paddings.clear()
         found.append(fk.score(model, params, tokens))
+        assert paddings == padded
     assert rel_l2(*found) <= BF16_REL_L2
