@@ -295,11 +295,17 @@ def refuse_tracers(tree: Any) -> None:
 def checked_tokens(model: Llama, tokens: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
     """Host copies of tokens [B, T] and lengths [B], with zeros behind each row's length.
 
-    Raises ValueError: not [B, T] integers, B or T zero, lengths outside 1..T, ids outside the
-    vocabulary.
+    Raises ValueError: not [B, T] integers (rows of different lengths), B or T zero, lengths outside
+    1..T, ids outside the vocabulary.
     """
     refuse_tracers((tokens, lengths))
-    ids = np.asarray(tokens)
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:
+        raise ValueError(
+            "tokens must be integers [B, T], got rows of different lengths; pad on the right and"
+            " pass lengths"
+        ) from None
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"tokens must be integers [B, T], got {ids.dtype} of shape {ids.shape}")
     batch, length = ids.shape

@@ -378,6 +378,7 @@ def test_equal_models_share_programs():
         ({"tokens": np.zeros((0, 4), int)}, r"got \[0, 4\]"),
         ({"tokens": np.zeros(4, int)}, r"integers \[B, T\], got int64 of shape \(4,\)"),
         ({"tokens": np.zeros((2, 4))}, "got float64"),
+        ({"tokens": [[1, 2], [3]]}, "got rows of different lengths; pad on the right and"),
         ({"tokens": np.full((2, 4), 61)}, r"token id 61 is outside the vocabulary \(0 to 60\)"),
         ({"tokens": np.full((2, 4), -1)}, "token id -1 is outside"),
         ({"lengths": [1]}, r"one whole number a row \(2\)"),
