@@ -17,6 +17,7 @@ from freqkv_jax.kv.policy import (
     Parts,
     Slots,
     memory_after,
+    real_number,
     whole_number,
 )
 from freqkv_jax.rope import Rope
@@ -47,13 +48,13 @@ class LinearPolicy(KVPolicy):
                 f"{self.sink_size}, recent_size={self.recent_size}, cache_size={self.cache_size};"
                 " raise cache_size or lower the others"
             )
-        ratio = self.retain_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        ratio = real_number(self.retain_ratio)
+        if ratio is None or not 0 <= ratio < 1:
             raise ValueError(
-                f"retain_ratio must be in [0, 1), got {ratio!r}; it is the share of the span"
-                " that is kept at each compression (1 would free nothing)"
+                f"retain_ratio must be in [0, 1), got {self.retain_ratio!r}; it is the share of the"
+                " span that is kept at each compression (1 would free nothing)"
             )
-        object.__setattr__(self, "retain_ratio", float(ratio))
+        object.__setattr__(self, "retain_ratio", ratio)
 
     @property
     def span(self) -> int:

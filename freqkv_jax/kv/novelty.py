@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from freqkv_jax.kv import choosing_cuda
 from freqkv_jax.kv.choosing import ChoosingPolicy, highest, on_grid
-from freqkv_jax.kv.policy import Maps, register
+from freqkv_jax.kv.policy import Maps, real_number, register
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import axis_size
 
@@ -63,21 +63,20 @@ class SpectralNoveltyConfig(ChoosingPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._whole("bands", 1)
-        share = self.value_share
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        share = real_number(self.value_share)
+        if share is None or not 0 <= share <= 1:
             raise ValueError(
-                f"value_share must be in [0, 1], got {share!r}; it is the share of the chosen"
-                " entries that are chosen by value (0 chooses by novelty alone)"
+                f"value_share must be in [0, 1], got {self.value_share!r}; it is the share of the"
+                " chosen entries that are chosen by value (0 chooses by novelty alone)"
             )
-        object.__setattr__(self, "value_share", float(share))
-        weight = self.recency
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not 0 <= weight < float("inf"):
+        object.__setattr__(self, "value_share", share)
+        weight = real_number(self.recency)
+        if weight is None or not 0 <= weight < float("inf"):
             raise ValueError(
-                f"recency must be a finite number >= 0, got {weight!r}; it is what the newest entry"
-                " is ahead of the oldest (0 for nothing)"
+                f"recency must be a finite number >= 0, got {self.recency!r}; it is what the newest"
+                " entry is ahead of the oldest (0 for nothing)"
             )
-        object.__setattr__(self, "recency", float(weight))
+        object.__setattr__(self, "recency", weight)
         if not isinstance(self.shared_heads, bool):
             raise ValueError(f"shared_heads must be true or false, got {self.shared_heads!r}")
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv.novelty import SpectralNoveltyConfig
 from freqkv_jax.kv.policy import Maps, Slots, register, write_places
 from freqkv_jax.rope import Rope
@@ -36,11 +35,6 @@ class TrueNoveltyConfig(SpectralNoveltyConfig):
     name: ClassVar[str] = "novelty_true"
     summary: ClassVar[str] = "chooses as novelty does, and keeps true positions"
     keeps: ClassVar[str] = "sinks, novel entries, recents"
-
-    def kv_bytes(self, config: LlamaConfig, dtype: str, seen: int | None = None) -> int:
-        """Bytes of the whole cache, the places included."""
-        places = 4 * config.num_layers * config.num_kv_heads * (self.cache_size + 1)
-        return super().kv_bytes(config, dtype, seen) + places
 
     def init(
         self, batch: int, kv_heads: int, head_dim: int, dtype: Any, slots: int | None = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import numbers
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -93,12 +94,14 @@ class KVPolicy:
         return seen - rounds * self.chunk if rounds else seen
 
     def kv_bytes(self, config: LlamaConfig, dtype: str, seen: int | None = None) -> int:
-        """Bytes of the whole cache; for an unbounded policy, after `seen` tokens."""
+        """Bytes of the whole cache of one text; for an unbounded policy, after `seen` tokens."""
         slots = self.capacity if self.capacity is not None else seen
         if slots is None:
             raise ValueError(f"policy {self.name!r} has no fixed size: say for how many tokens")
-        heads = config.num_layers * config.num_kv_heads
-        return 2 * slots * heads * config.head_dim * jnp.dtype(dtype).itemsize
+        heads, size = config.num_kv_heads, config.head_dim
+        memory = jax.eval_shape(lambda: self.init(1, heads, size, jnp.dtype(dtype), slots))
+        leaves = jax.tree.leaves(memory)
+        return config.num_layers * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     def constants(self) -> dict[str, np.ndarray]:
         """Arrays that `make_room` needs, handed to it as `maps` (no literals in a program)."""
@@ -292,6 +295,11 @@ def whole_number(field: str, value: Any, low: int) -> int:
     if whole is None or isinstance(value, bool) or whole < low:
         raise ValueError(f"{field} must be a whole number >= {low}, got {value!r}")
     return whole
+
+
+def real_number(value: Any) -> float | None:
+    """`value` as a float; None unless it is a number (true and false are none)."""
+    return None if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
 
 
 def policy_to_dict(kv: KVPolicy) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv.choosing import ChoosingPolicy, highest
 from freqkv_jax.kv.policy import Maps, Slots
 from freqkv_jax.rope import Rope
@@ -38,11 +37,6 @@ class ScoredPolicy(ChoosingPolicy):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("queries",)
-
-    def kv_bytes(self, config: LlamaConfig, dtype: str, seen: int | None = None) -> int:
-        """Bytes of the whole cache, the scores included."""
-        scores = 4 * config.num_layers * config.num_kv_heads * self.cache_size
-        return super().kv_bytes(config, dtype, seen) + scores
 
     def init(
         self, batch: int, kv_heads: int, head_dim: int, dtype: Any, slots: int | None = None

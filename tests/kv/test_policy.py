@@ -90,11 +90,10 @@ def test_a_full_cache_never_compresses():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "kv", [FreqKVConfig(16), SinkWindowConfig(20), FullConfig(), H2OConfig(20)], ids=str
-)
-def test_kv_bytes_are_those_of_the_arrays(kv, dtype):
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_kv_bytes_are_those_of_the_arrays(name, dtype):
     config = tiny_config(6, 2)
+    kv = policy_from_args(name, cache_size=20, window=4, chunk=4)
     assert kv.kv_bytes(config, dtype, 33) == empty_state(config, kv, 1, dtype, 33).nbytes
 
 
@@ -145,6 +144,10 @@ def test_policies_compare_by_value_whatever_numbers_made_them():
     kv = FreqKVConfig(np.int64(64), np.int32(4), 0, np.float64(0.5))
     assert kv == FreqKVConfig(64, 4, 0, 0.5) and hash(kv) == hash(FreqKVConfig(64))
     assert type(kv.cache_size) is int and type(kv.retain_ratio) is float
+    assert kv == FreqKVConfig(64, 4, 0, np.float32(0.5))
+    novelty = SpectralNoveltyConfig(64, value_share=np.float32(0.5), recency=np.float16(0.25))
+    assert novelty == SpectralNoveltyConfig(64, value_share=0.5, recency=0.25)
+    assert type(novelty.value_share) is float and type(novelty.recency) is float
     assert FreqKVConfig(64) != SinkWindowConfig(64) and FreqKVConfig(64) != FreqKVConfig(65)
     with pytest.raises(AttributeError):
         kv.cache_size = 3  # pyright: ignore
