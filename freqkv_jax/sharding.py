@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -262,6 +263,23 @@ def mesh_of(tree: Any) -> Mesh | None:
         if isinstance(mesh, Mesh) and mesh.size > 1:
             return mesh
     return None
+
+
+def gather(array: Any) -> np.ndarray:
+    """The whole of an array that may lie on several hosts, all of which must call this."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has called it for `what`."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"freqkv_jax.{what}")
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:

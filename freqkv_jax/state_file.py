@@ -14,13 +14,15 @@ from freqkv_jax.files import write_whole
 from freqkv_jax.kv import KVState, policy_from_dict, policy_to_dict
 from freqkv_jax.kv.state import empty_state
 from freqkv_jax.model.llama import Llama
-from freqkv_jax.sharding import check_mesh, state_shardings, tree_path
+from freqkv_jax.sharding import check_mesh, gather, state_shardings, tree_path, wait_for_all
 
 FORMAT = "freqkv_jax state 1"
 
 
 def save_state(state: KVState, path: str | os.PathLike[str], model: Llama) -> None:
     """Writes a state to one safetensors file; the file appears whole or not at all.
+
+    Of several processes all must call it, the first writes, and none returns before that is done.
 
     Raises:
       ValueError: the state is not of this model's policy. OSError: it cannot be written.
@@ -33,9 +35,15 @@ def save_state(state: KVState, path: str | os.PathLike[str], model: Llama) -> No
             " save it with the model that made it"
         )
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    arrays = {tree_path(where): np.asarray(leaf) for where, leaf in leaves}
+    first, arrays = jax.process_index() == 0, {}
+    for where, leaf in leaves:
+        whole = gather(leaf)
+        if first:
+            arrays[tree_path(where)] = whole
     header = {"format": FORMAT} | {k: json.dumps(v) for k, v in _belongs_to(model).items()}
-    write_whole(path, lambda name: save_file(arrays, name, metadata=header))
+    if first:
+        write_whole(path, lambda name: save_file(arrays, name, metadata=header))
+    wait_for_all("save_state")
 
 
 def load_state(path: str | os.PathLike[str], model: Llama, mesh: Mesh | None = None) -> KVState:

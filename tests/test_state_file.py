@@ -1,11 +1,18 @@
 """States on disk: bit for bit the same, refused by strangers, whole or not there."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 import freqkv_jax as fk
 from tests.tiny import random_params, random_tokens, tiny_config
+from tests.tolerances import LOGITS, assert_close
 
 CONFIG = tiny_config(4, 2, vocab_size=64)
 PARAMS = random_params(CONFIG)
@@ -54,6 +61,58 @@ def test_on_a_mesh(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    model, _, state = read(fk.FreqKVConfig(16, 4))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    fk.save_state(state, tmp_path / "s", model)
+    assert not list(tmp_path.iterdir())
+
+
+TOGETHER = """
+import sys
+import jax
+
+address, number, path = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(number))
+import freqkv_jax as fk
+from freqkv_jax.sharding import param_shardings
+from tests.test_state_file import CONFIG, PARAMS, TOKENS
+
+mesh = fk.make_mesh(data=2, tensor=2)
+params = jax.device_put(PARAMS, param_shardings(PARAMS, mesh))
+model = fk.Llama(CONFIG, fk.FreqKVConfig(16, 4))
+_, state = fk.prefill(model, params, TOKENS, [40, 7])
+fk.save_state(state, path, model)
+fk.load_state(path, model, mesh)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_as_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, address, number, str(tmp_path / "s")],
+            cwd=Path(__file__).parent.parent, env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for number in "01"
+    ]  # fmt: skip
+    for process in started:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    model, _, want = read(fk.FreqKVConfig(16, 4))
+    got = fk.load_state(tmp_path / "s", model)
+    assert got.fill.tolist() == want.fill.tolist() and got.seen.tolist() == want.seen.tolist()
+    for layer in range(CONFIG.num_layers):
+        for a, b in zip(got.kv(layer), want.kv(layer), strict=True):
+            for row, fill in enumerate(want.fill.tolist()):
+                assert_close(a[row, :, :fill], b[row, :, :fill], LOGITS)
+
+
 def test_strangers_are_refused(tmp_path):
     model, _, state = read(fk.FreqKVConfig(16, 4))
     path = tmp_path / "state"
@@ -91,8 +150,6 @@ def test_other_safetensors_files_are_refused(tmp_path):
 
 
 def test_a_failed_save_leaves_the_earlier_file(tmp_path, monkeypatch):
-    import os
-
     model, _, state = read(fk.FreqKVConfig(16, 4))
     path = tmp_path / "state"
     path.write_text("earlier")

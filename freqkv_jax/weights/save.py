@@ -14,7 +14,7 @@ import numpy as np
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import KVPolicy, policy_to_dict
 from freqkv_jax.model.llama import Llama
-from freqkv_jax.sharding import tree_path
+from freqkv_jax.sharding import gather, tree_path, wait_for_all
 from freqkv_jax.weights.hf import CONFIG, INDEX, POLICY_KEY, SINGLE
 from freqkv_jax.weights.load import OnProgress
 from freqkv_jax.weights.table import Target, targets
@@ -69,10 +69,7 @@ def write_folder(
             ids = {name: value for name, value in ids.items() if value is not None}
             _write_json(stage / GENERATION, ids)
             _write_json(stage / CONFIG, _config_json(config, pairs, policy))
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("freqkv_jax.save_pretrained")
+    wait_for_all("save_pretrained")
 
 
 def _pair(config: LlamaConfig, params: Any) -> list[tuple[Target, Any]]:
@@ -146,15 +143,6 @@ def _write_weights(
     if stage is not None and len(shards) > 1:
         total = sum(array.nbytes for _, array in pairs)
         _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-
-
-def gather(array: Any) -> np.ndarray:
-    """The whole of an array that may lie on several hosts, all of which must call this."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
 
 
 @contextlib.contextmanager
