@@ -199,7 +199,7 @@ def decode_scan(
         policy's arrays become constants of the program (17 MB for FreqKV at a cache of 4096).
     Donate the state at your jit boundary. Where the fill is known (the state is no argument of
     the jit) every loop has a fixed length; else an inner loop ends by a comparison, which on a
-    GPU the host waits for.
+    GPU the host waits for. With parameters on a mesh, call it in `with jax.set_mesh(mesh):`.
 
     Raises:
       ValueError: as `decode`; where the fill is known, rows of different fill and a full cache

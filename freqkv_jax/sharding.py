@@ -64,6 +64,11 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes data, fsdp, tensor, all of type Auto.
 
+    `prefill`, `decode`, `score` and `generate` find it by the parameters that lie on it. Your own
+    jit of `model.apply` or `decode_scan` needs `with jax.set_mesh(mesh):` around the call: without
+    it a kernel is not split on NVIDIA, and does not compile on TPU ("Mosaic kernels cannot be
+    automatically partitioned").
+
     Args:
       data, fsdp, tensor: axis sizes; one of them may be -1, for "all devices that are left".
       devices: the devices to use, all of them; None takes as many as needed of `jax.devices()`.

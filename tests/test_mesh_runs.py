@@ -62,6 +62,21 @@ def test_generate_on_a_mesh(placed):
     )
 
 
+def test_jits_of_ones_own_run_with_the_mesh_set(mesh, placed):
+    model = fk.Llama(CONFIG, POLICIES[0])
+    logits, state = fk.prefill(model, PARAMS, TOKENS)
+    many, spread = fk.prefill(model, placed, TOKENS)
+    apply = jax.jit(lambda p: model.apply({"params": p}, TOKENS))
+    scan = jax.jit(lambda p, s, x: fk.decode_scan(model, p, s, x, 14))
+    with jax.set_mesh(mesh):
+        got, whole = scan(placed, spread, many), apply(placed)
+    assert_close(whole, apply(PARAMS), LOGITS)
+    want = scan(PARAMS, state, logits)
+    assert got[0].tolist() == want[0].tolist()
+    assert_close(got[1], want[1], LOGITS)
+    assert is_spread(got[2])
+
+
 def test_a_batch_that_does_not_divide_is_refused(placed):
     model = fk.Llama(CONFIG, POLICIES[0])
     with pytest.raises(ValueError, match=r"does not divide batch 3 by data\*fsdp=4"):

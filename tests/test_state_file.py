@@ -101,9 +101,13 @@ def test_two_processes_save_as_one(tmp_path):
         )
         for number in "01"
     ]  # fmt: skip
-    for process in started:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+    finally:
+        for process in started:
+            process.kill()
     model, _, want = read(fk.FreqKVConfig(16, 4))
     got = fk.load_state(tmp_path / "s", model)
     assert got.fill.tolist() == want.fill.tolist() and got.seen.tolist() == want.seen.tolist()

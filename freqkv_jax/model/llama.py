@@ -79,7 +79,8 @@ class Llama(nn.Module):
       scan_layers: the layers are a loop over their stacked weights (freqkv_jax.model.scan).
 
     `apply({"params": p, "maps": maps(model)}, tokens)` is the parallel form, int [B, T] to float32
-    logits [B, T, V]; without "maps" the policy's arrays are built in place.
+    logits [B, T, V]; without "maps" the policy's arrays are built in place. With parameters on a
+    mesh, call it (and its jit) in `with jax.set_mesh(mesh):`; `make_mesh` says why.
     """
 
     config: LlamaConfig
