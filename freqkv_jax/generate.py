@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from freqkv_jax.decode import Decoder, eos_ids, prefill
+from freqkv_jax.kv.policy import whole_number
 from freqkv_jax.kv.state import KVState
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.reading import OnProgress
@@ -56,8 +58,7 @@ def generate(
     Raises:
       ValueError: an empty prompt, ids outside the vocabulary, options out of range.
     """
-    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be a whole number >= 0, got {max_new_tokens!r}")
+    left = whole_number("max_new_tokens", max_new_tokens, 0)
     tokens, lengths = _padded(prompts)
     if not len(lengths):
         return ([], None) if return_state else []
@@ -66,21 +67,32 @@ def generate(
     eos = eos_ids(model, eos_id)
     decoder = Decoder(model, params, rule, draw, eos, batch)
     logits, state = prefill(model, params, tokens, lengths, state, on_progress=on_progress)
-    new: list[list[int]] = [[] for _ in range(batch)]
-    ended = np.zeros(batch, bool)
-    left = int(max_new_tokens)
     if model.kv.capacity is None:  # room for all at once, so that the arrays grow only once
         state = decoder.run.with_slots(state, int(np.asarray(state.fill).max()) + left)
+    new, state = _continued(decoder, state, logits, left, stream)
+    return (new, state) if return_state else new
+
+
+def _continued(
+    decoder: Decoder,
+    state: KVState,
+    logits: Array,
+    left: int,
+    stream: Callable[[int, list[int]], Any] | None,
+) -> tuple[list[list[int]], KVState]:
+    """At most `left` new ids a row, and the state behind them."""
+    new: list[list[int]] = [[] for _ in range(state.batch)]
+    ended = np.zeros(state.batch, bool)
     while left and not ended.all():
         steps = min(left, STREAM_STEPS if stream is not None else BLOCK_STEPS)
         block, logits, state = decoder.steps(state, logits, steps)
         left -= steps
         for row in np.flatnonzero(~ended):
-            ids, ended[row] = _until_end(block[row], eos)
+            ids, ended[row] = _until_end(block[row], decoder.eos)
             new[row].extend(ids)
             if stream is not None and ids:
                 stream(int(row), ids)
-    return (new, state) if return_state else new
+    return new, state
 
 
 def _padded(prompts: Any) -> tuple[np.ndarray, np.ndarray]:

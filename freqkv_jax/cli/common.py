@@ -88,6 +88,11 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("matmul", "fft"),
         help="how to filter (freqkv; default: matmul)",
     )
+    _add_choosing_arguments(group)
+
+
+def _add_choosing_arguments(group: Any) -> None:
+    """What policies that choose entries are made of."""
     group.add_argument(
         "--chunk",
         type=int,

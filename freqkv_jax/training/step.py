@@ -187,18 +187,22 @@ def make_train_step(cfg: "RunConfig", model: Llama, mesh: Mesh | None = None) ->
     if mesh is None:
         options = once_a_call()
         return TrainStep(jax.jit(step, donate_argnums=0, compiler_options=options), None)
+    return TrainStep(_sharded(step, cfg, model, mesh), mesh)
+
+
+def _sharded(step: Any, cfg: "RunConfig", model: Llama, mesh: Mesh) -> Any:
+    """The step under jit, its arguments and results where they lie on the mesh."""
     check_mesh(model.config, mesh, cfg.train.batch_size)
     shapes, frozen = abstract_train_state(cfg, model)
     where, here = state_shardings(shapes, mesh), NamedSharding(mesh, P())
     rows = NamedSharding(mesh, batch_spec())
-    jitted = jax.jit(
+    return jax.jit(
         step,
         in_shardings=(where, param_shardings(frozen, mesh), here, rows, rows, here),
         out_shardings=(where, here),
         donate_argnums=0,
         compiler_options=once_a_call(mesh),
     )
-    return TrainStep(jitted, mesh)
 
 
 def _accumulate(
