@@ -16,9 +16,8 @@ from freqkv_jax.files import write_whole
 from freqkv_jax.kv import KVPolicy, policy_from_dict, policy_to_dict
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.model.lora import TARGETS, abstract_lora, merge_lora
-from freqkv_jax.sharding import tree_path
+from freqkv_jax.sharding import gather, tree_path
 from freqkv_jax.weights.hf import POLICY_KEY, read_json
-from freqkv_jax.weights.save import gather
 from freqkv_jax.weights.table import Target, nest, targets
 
 CONFIG = "adapter_config.json"
