@@ -145,7 +145,7 @@ def _groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 def _data_name(run: Run) -> str:
     about = run.data.get("data") or {}
     name = Path(str(about.get("path") or about.get("data") or "")).name
-    return " ".join(part for part in (name, str(about.get("sha256") or "")[:8]) if part)
+    return " ".join(part for part in (name, run.data_digest[:8]) if part)
 
 
 def _in_short(sections: Iterable[list[Block]]) -> list[str]:
@@ -219,7 +219,7 @@ def _provenance(runs: Sequence[Run]) -> list[Block]:
                 "-" if rounds is None else str(rounds),
                 f"{data['seconds']:,.0f}" if data.get("seconds") else "-",
                 str(data.get("model_fingerprint") or "-")[:12],
-                str((data.get("data") or {}).get("sha256") or "-")[:12],
+                run.data_digest[:12] or "-",
             ]
         )
     columns = (

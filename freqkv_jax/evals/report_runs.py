@@ -1,6 +1,7 @@
 """Result files as a report reads them: labels, bytes, samples."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -83,6 +84,14 @@ class Run:
         """Positions that the model was trained for."""
         return (self.config.get("model") or {}).get("max_position_embeddings")
 
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 of the data, of several files one over theirs; "" where the result has none."""
+        found = (self.data.get("data") or {}).get("sha256") or ""
+        if isinstance(found, str):
+            return found
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
     def kv_bytes(self, length: int) -> int | None:
         """Bytes of keys and values of one text of `length` tokens; None where they are unknown."""
         kv = self.policy
@@ -114,8 +123,7 @@ class Run:
         """Equal for runs that may stand in one table; `columns` are options that may differ."""
         skip = ROW_KEYS | set(columns)
         options = {key: value for key, value in self.config.items() if key not in skip}
-        about = self.data.get("data") or {}
-        text = about.get("sha256") or json.dumps(about, sort_keys=True)
+        text = self.data_digest or json.dumps(self.data.get("data") or {}, sort_keys=True)
         # A path says less than the digest of what lies there.
         options.pop("data", None)
         return (

@@ -45,7 +45,7 @@ def _shown(runs: Sequence[Run]) -> list[Run]:
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.data.get("energy"):
-            text = str((run.data.get("data") or {}).get("sha256"))
+            text = run.data_digest
             groups.setdefault((run.model_label, text), []).append(run)
     shown = []
     for group in groups.values():

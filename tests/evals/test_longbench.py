@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from freqkv_jax.evals import longbench_data
+from freqkv_jax.evals import longbench_data, report
 from freqkv_jax.evals.longbench import (
     CATEGORIES,
     DATA_SETS,
@@ -16,6 +16,9 @@ from freqkv_jax.evals.longbench import (
 )
 from freqkv_jax.evals.longbench_data import PROMPT_SHA256, read_prompts, read_samples
 from freqkv_jax.evals.options import build_task
+from freqkv_jax.evals.report_blocks import Heading
+from freqkv_jax.evals.report_runs import Run
+from tests.evals.results import result, runs_of
 from tests.evals.text_tasks import ALTERED, GOLD, FakeEngine, run, write_longbench
 
 
@@ -176,6 +179,26 @@ def test_describe_has_digests(data):
     about = task(data, subsets=("lcc",)).describe(FakeEngine(copy_gold))
     assert len(about["sha256"]["lcc"]) == 64
     assert about["prompts"]["benchmark_wording"] is False
+
+
+def test_a_report_of_longbench(data, tmp_path):
+    """Its data have a digest for each set."""
+    other = write_longbench(tmp_path / "other", context="Other text.")
+    results = []
+    for policy, folder in (("freqkv", data), ("window", data), ("window", other)):
+        one = task(folder, subsets=("lcc", "trec"))
+        engine = FakeEngine(copy_gold)
+        records, summary = run(one, engine)
+        config = {"max_length": 7500}
+        made = result("longbench", policy, records, config=config, **summary)
+        results.append(made | {"data": one.describe(engine)})
+    titles = [b.text for b in report.build(runs_of(*results[:2])) if isinstance(b, Heading)]
+    assert "LongBench" in titles, "one text, one table"
+    blocks = report.build(runs_of(*results))
+    apart = [b.text for b in blocks if isinstance(b, Heading) and "LongBench (" in b.text]
+    digests = [Run("x", made).data_digest[:8] for made in results]
+    assert apart == [f"LongBench (data {digests[0]})", f"LongBench (other {digests[2]})"]
+    assert digests[0] == digests[1] != digests[2]
 
 
 needs_lm_eval = pytest.mark.skipif(
