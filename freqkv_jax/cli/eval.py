@@ -235,7 +235,7 @@ class _SuiteRunner:
         self.key: Any = None
         self.model: Any = None
         self.params: Any = None
-        self.tokenizer: Any = None
+        self.tokenizers: dict[str, Any] = {}  # of one model at a time
 
     def __call__(self, cell: Any, output: str) -> dict[str, Any]:
         from freqkv_jax.evals import drive
@@ -280,9 +280,9 @@ class _SuiteRunner:
     def _tokenizer(self, path: str) -> Any:
         import freqkv_jax as fk
 
-        if self.tokenizer is None:
-            self.tokenizer = fk.load_tokenizer(path)
-        return self.tokenizer
+        if path not in self.tokenizers:
+            self.tokenizers = {path: fk.load_tokenizer(path)}
+        return self.tokenizers[path]
 
     def _load(self, cell: Any, flags: dict[str, Any]) -> None:
         if self.key == cell.model_key:
@@ -290,7 +290,7 @@ class _SuiteRunner:
         import freqkv_jax as fk
 
         # The old one's memory is free before the new one comes.
-        self.key = self.model = self.params = self.tokenizer = None
+        self.key = self.model = self.params = None
         enable_compile_cache()
         mesh = fk.make_mesh(**parse_mesh(flags["mesh"])) if flags.get("mesh") else None
         dtype = flags.get("dtype") or default_dtype()

@@ -101,11 +101,14 @@ class LmEval:
                     requests[document.key] = [_digest(*request) for request in document.requests]
             except ValueError as error:
                 raise ValueError(f"lm-eval task {name}: {error}") from None
-        self.__dict__.update(_lm=lm, _loaded=loaded, _requests=requests)
+        about = {"_of": engine.tokenizer, "_loaded": loaded, "_requests": requests}
+        self.__dict__.update(about, _lm=lm, _asked=set())
         return items
 
     def describe(self, engine: Engine) -> dict[str, Any]:
-        """Digest of all requests, and documents of each task."""
+        """Digest of all requests, and documents of each task; makes them where `items` did not."""
+        if self.__dict__.get("_of") is not engine.tokenizer:
+            self.items(engine)
         tasks = self.__dict__["_loaded"]["tasks"]
         requests = [text for texts in self.__dict__["_requests"].values() for text in texts]
         return {
@@ -116,6 +119,7 @@ class LmEval:
     def run(self, engine: Engine, batch: Sequence[Item]) -> list[Record]:
         """log_probs and greedy of a document's requests, or the answer to its only one."""
         documents = [item for item in batch if isinstance(item, Document)]
+        self.__dict__["_asked"].update(document.key for document in documents)
         found = iter(self.__dict__["_lm"].measure([i for d in documents for i in d.items]))
         records = []
         for document in documents:
@@ -135,7 +139,9 @@ class LmEval:
         answers: dict[str, Record] = {}
         for record in records:
             answers.update(zip(requests[record["key"]], _parts(record), strict=True))
-        limit = 1 + max((int(r["key"].rpartition("/")[2]) for r in records), default=0)
+        # Those that failed have no record here, and were asked in this process.
+        keys = {record["key"] for record in records} | self.__dict__["_asked"]
+        limit = 1 + max((int(key.rpartition("/")[2]) for key in keys), default=0)
         self._seed(loaded["tasks"])
         with _one_process():
             found: Any = lm_eval.evaluate(

@@ -1,5 +1,6 @@
 """`python eval.py perplexity` end to end."""
 
+import argparse
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from freqkv_jax.cli import eval as eval_command
 from freqkv_jax.cli import main
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.evals.registry import TASKS
@@ -199,6 +201,14 @@ def test_suite(bare_folder, tokens, tmp_path, capsys, monkeypatch):
         main([*words, "--only", "perplexity-*", "--force"])
     assert main([*words, "--only", "needle-*"]) == 2
     assert "'needle-*' matches no cell" in capsys.readouterr().err
+
+
+def test_each_model_of_a_suite_has_its_own_tokenizer(monkeypatch):
+    monkeypatch.setattr("freqkv_jax.load_tokenizer", lambda path: [path])
+    runner = eval_command._SuiteRunner(argparse.Namespace())
+    first = runner._tokenizer("a")
+    assert first == ["a"] and runner._tokenizer("a") is first, "read once"
+    assert runner._tokenizer("b") == ["b"]
 
 
 USAGE = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from freqkv_jax.evals import lm_eval_task
+from freqkv_jax.evals import drive, lm_eval_task
 from freqkv_jax.evals.lm_eval_task import LmEval
 from freqkv_jax.evals.task import Answer
 from freqkv_jax.tokenizer import load_tokenizer
@@ -200,6 +200,48 @@ def test_bad_tasks(tokenizer):
 def test_without_lm_eval(tokenizer):
     with pytest.raises(ImportError, match="freqkv-jax\\[eval\\]"):
         LmEval(tasks=("x",)).items(Engine(tokenizer))
+
+
+@pytest.fixture
+def choice(monkeypatch):
+    """The task freqkv_choice of tests/data: three questions."""
+    monkeypatch.chdir(ROOT)  # where it names its data from
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return LmEval(tasks=("freqkv_choice",), include_path=str(ROOT / "tests/data/lm_eval_task"))
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")  # lm-eval's and those of what it needs
+def test_a_finished_run_is_found_by_a_new_task(choice, tokenizer, tmp_path):
+    settings = drive.Run(model_path="org/model", output=str(tmp_path / "a.json"))
+    got = drive.run_task(choice, Engine(tokenizer), settings)
+    again = dataclasses.replace(choice)
+    assert drive.finished(again, Engine(tokenizer), settings) == got
+    write_tokenizer(tmp_path)
+    other = load_tokenizer(tmp_path)
+    again.describe(Engine(other))
+    assert again.__dict__["_of"] is other, "another model's requests are its own"
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")
+def test_failed_documents_at_the_end_count_as_wrong(choice, tokenizer, monkeypatch):
+    right = drive.run_task(choice, Engine(tokenizer), drive.Run(model_path="org/model"))
+    assert right["num_documents"]["freqkv_choice"]["effective"] == 3
+    log_probs = FakeEngine.log_probs
+
+    def failing(self, contexts, continuations):
+        if any(last == tuple(c) for c in contexts):
+            raise ValueError("no room")
+        return log_probs(self, contexts, continuations)
+
+    last = choice.items(Engine(tokenizer))[-1].items[0].pairs[0][0]
+    monkeypatch.setattr(FakeEngine, "log_probs", failing)
+    got = drive.run_task(choice, Engine(tokenizer), drive.Run(model_path="org/model"))
+    assert [r["key"] for r in got["records"] if "error" in r] == ["freqkv_choice/2"]
+    assert got["num_documents"]["freqkv_choice"]["effective"] == 3
+    scores = [one["samples"]["freqkv_choice"]["acc,none"] for one in (right, got)]
+    assert scores[1] == [*scores[0][:2], 0.0]
 
 
 @needs_lm_eval
