@@ -58,7 +58,8 @@ class TaskParser(argparse.ArgumentParser):
 
 
 class _ChooseTask(argparse._SubParsersAction):
-    """Names the nearest task to an unknown one."""
+    """Names the nearest task to an unknown one, and refuses flags before a task, where they would
+    be read and then lost."""
 
     def __call__(
         self,
@@ -72,6 +73,18 @@ class _ChooseTask(argparse._SubParsersAction):
 
             raise argparse.ArgumentError(
                 None, f"no task is named {values[0]!r}{nearest(values[0], self._name_parser_map)}"
+            )
+        early = [
+            action.option_strings[-1]
+            for action in parser._actions
+            if action.option_strings
+            and action.dest != "debug"
+            and getattr(namespace, action.dest, action.default) != action.default
+        ]
+        if early:
+            parser.error(
+                f"{', '.join(early)} before the task {values[0]} would not count: put a task's"
+                f" flags behind its name (freqkv eval {values[0]} ...), or give --suite and no task"
             )
         super().__call__(parser, namespace, values, option_string)
 

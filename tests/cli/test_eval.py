@@ -216,6 +216,11 @@ USAGE = {
     "flag": (["perplexity", "--model", "m", "--data", "d", "--strid", "3"],
              "unknown flag --strid; did you mean '--stride'"),
     "flag with value": (["needle", "--model", "m", "--depth=3"], "did you mean '--depths'"),
+    "flags before": (["--output", "r.json", "--limit", "5", "perplexity", "--model", "m"],
+                     "--limit, --output before the task perplexity would not count"),
+    "force before": (["--force", "needle", "--model", "m"], "--force before the task needle"),
+    "suite and task": (["--suite", "small", "perplexity", "--model", "m"],
+                       "--suite before the task perplexity"),
     "no data": (["perplexity", "--model", "m"], "required: --data"),
 }  # fmt: skip
 
