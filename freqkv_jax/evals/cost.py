@@ -42,6 +42,7 @@ class Cost:
 
     name: ClassVar[str] = "cost"
     protocol: ClassVar[str] = PROTOCOL
+    measures_time: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 2:

@@ -21,7 +21,7 @@ from freqkv_jax.evals.result import (
     model_fingerprint,
     write_result,
 )
-from freqkv_jax.evals.task import Engine, Item, Record, Task
+from freqkv_jax.evals.task import Engine, Item, Record, Task, measures_time
 
 COMPILE_EVENTS = "/jax/core/compile/"
 
@@ -72,7 +72,7 @@ def run_task(task: Task, engine: Engine, run: Run) -> dict[str, Any]:
     items = limited(task.items(engine), run.limit)
     data = task.describe(engine)
     identity, run_id = _identity(task, engine, run, data)
-    found = _found(run, run_id)
+    found = _found(run, identity)
     if found is not None:
         return found
     run.note(f"{task.name}: {len(items)} items of {_span([item.length for item in items])} tokens")
@@ -146,13 +146,13 @@ def finished(task: Task, engine: Engine, run: Run) -> dict[str, Any] | None:
     """
     if not run.output or run.force or not Path(run.output).is_file():
         return None
-    return _found(run, _identity(task, engine, run, task.describe(engine))[1])
+    return _found(run, _identity(task, engine, run, task.describe(engine))[0])
 
 
-def _found(run: Run, run_id: str) -> dict[str, Any] | None:
+def _found(run: Run, identity: dict[str, Any]) -> dict[str, Any] | None:
     if not run.output:
         return None
-    found = finished_result(run.output, run_id, run.force)
+    found = finished_result(run.output, lambda result: _is_of(result, identity), run.force)
     if found is not None:
         run.note(f"{run.output} holds this run's result already (--force measures it again)")
         if jax.process_index() == 0:  # a kill may have come between the result and this
@@ -164,7 +164,7 @@ def _identity(
     task: Task, engine: Engine, run: Run, data: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
     """What must agree for records to belong together, and its digest. A batch size changes no
-    result."""
+    result, and a device only what is timed."""
     about = describe_model(engine.model)
     fingerprint = model_fingerprint(run.model_path)
     identity = {
@@ -181,9 +181,27 @@ def _identity(
         "dtype": about["dtype"],
         "data": data,
     }
+    if measures_time(task):
+        kind, count = jax.devices()[0].device_kind, jax.device_count()
+        identity["on"] = {"mesh": run.mesh, "kind": kind, "count": count}
     identity = json.loads(json.dumps(identity, allow_nan=False))
-    text = json.dumps(identity, sort_keys=True)
-    return identity, hashlib.sha256(text.encode()).hexdigest()
+    return identity, _run_id(identity)
+
+
+def _run_id(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _is_of(result: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a result is that of a run."""
+    if result.get("run_id") == _run_id(identity):
+        return True
+    # Versions up to 0.1.0 left out what a timed run was on; the result says it elsewhere.
+    before = {key: value for key, value in identity.items() if key != "on"}
+    device = result.get("device") or {}
+    on = {"mesh": (result.get("config") or {}).get("mesh")}
+    on |= {name: device.get(name) for name in ("kind", "count")}
+    return identity.get("on") == on and result.get("run_id") == _run_id(before)
 
 
 def _config(task: Task, engine: Engine, run: Run) -> dict[str, Any]:

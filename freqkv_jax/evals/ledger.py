@@ -7,7 +7,7 @@ come lines of records and of times, as they are made, flushed to the disk after 
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +24,12 @@ def ledger_path(output: str | os.PathLike[str]) -> Path:
 
 
 def finished_result(
-    output: str | os.PathLike[str], run_id: str, force: bool
+    output: str | os.PathLike[str], is_ours: Callable[[dict[str, Any]], bool], force: bool
 ) -> dict[str, Any] | None:
     """The result that `output` holds if it is this run's; None if there is no file or `force`.
+
+    Args:
+      is_ours: tells this run's result.
 
     Raises:
       FileExistsError: the file is another run's, or no result at all.
@@ -38,7 +41,7 @@ def finished_result(
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         found = None
-    if isinstance(found, dict) and found.get("run_id") == run_id:
+    if isinstance(found, dict) and is_ours(found):
         return found
     what = "the result of another run" if isinstance(found, dict) else "no result file"
     raise FileExistsError(

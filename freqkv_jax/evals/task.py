@@ -89,6 +89,8 @@ class Task(Protocol):
 
     Attributes:
       name: as on the command line. protocol: an id that changes whenever results would.
+      measures_time: a task may say that its records are times of its own, which depend on mesh and
+        device; see `measures_time`.
     """
 
     @property
@@ -114,3 +116,8 @@ class Task(Protocol):
         """Top-level fields of the result file, of records without an error (maybe none). It may
         hold "table": {"columns": [...], "rows": [[...]]}, which is printed."""
         ...
+
+
+def measures_time(task: Task) -> bool:
+    """Whether a task's records are times: then a run on another device is another run."""
+    return getattr(task, "measures_time", False)

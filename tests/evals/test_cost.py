@@ -9,6 +9,8 @@ import pytest
 import freqkv_jax as fk
 from freqkv_jax.evals import cost
 from freqkv_jax.evals.cost import Cost
+from freqkv_jax.evals.perplexity import Perplexity
+from freqkv_jax.evals.task import measures_time
 from freqkv_jax.model.llama import Llama
 from tests.tiny import random_params, tiny_config
 from tests.tolerances import FLOAT64, assert_close
@@ -31,6 +33,10 @@ def test_items_are_short_first():
     assert [item.length for item in items] == [20, 300, 1000]
     assert sorted(items, key=lambda item: item.group) == items, "also in the order of groups"
     assert len({item.group for item in items}) == 3, "nothing is timed beside something else"
+
+
+def test_the_device_belongs_to_the_run():
+    assert measures_time(Cost()) and not measures_time(Perplexity(data="d", seq_len=2))
 
 
 def test_costs_of_a_bounded_cache():

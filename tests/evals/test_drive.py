@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
+import jax
 import pytest
 
 import freqkv_jax as fk
@@ -126,6 +128,40 @@ def test_another_run_is_not_overwritten(tmp_path):
         assert output.read_bytes() == before and not task.log
     run_task(FakeTask(count=6), FakeEngine(), settings(output, force=True))
     assert json.loads(output.read_text())["num_items"] == 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimedTask(FakeTask):
+    measures_time: ClassVar[bool] = True
+
+
+def test_times_of_other_devices_are_another_run(tmp_path, monkeypatch):
+    output = tmp_path / "a.json"
+    got = run_task(TimedTask(), FakeEngine(), settings(output))
+    assert drive.finished(TimedTask(), FakeEngine(), settings(output)) == got
+    for changes in ({"mesh": "data=2"}, {"mesh": None, "count": 1}):
+        count = changes.pop("count", jax.device_count())
+        monkeypatch.setattr(drive.jax, "device_count", lambda count=count: count)
+        with pytest.raises(FileExistsError, match="the result of another run"):
+            run_task(TimedTask(), FakeEngine(), settings(output, **changes))
+    monkeypatch.undo()
+    untimed = tmp_path / "b.json"
+    got = run_task(FakeTask(), FakeEngine(), settings(untimed))
+    assert run_task(FakeTask(), FakeEngine(), settings(untimed, mesh="data=2")) == got
+
+
+def test_timed_results_of_before_are_known_by_their_device(tmp_path):
+    output = tmp_path / "a.json"
+    got = run_task(TimedTask(), FakeEngine(), settings(output))
+    # Of the same options, policy and data, without a word on the device.
+    before = run_task(FakeTask(), FakeEngine(), settings())["run_id"]
+    assert before != got["run_id"]
+    output.write_text(json.dumps(got | {"run_id": before}))
+    assert drive.finished(TimedTask(), FakeEngine(), settings(output)) is not None
+    other = got["device"] | {"kind": "H100"}
+    output.write_text(json.dumps(got | {"run_id": before, "device": other}))
+    with pytest.raises(FileExistsError, match="the result of another run"):
+        drive.finished(TimedTask(), FakeEngine(), settings(output))
 
 
 def test_failing_items(tmp_path):

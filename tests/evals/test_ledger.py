@@ -88,13 +88,17 @@ def test_nothing_that_is_not_json(tmp_path):
 
 def test_finished_result(tmp_path):
     file = tmp_path / "a.json"
-    assert finished_result(file, "id", False) is None
+
+    def found(run_id, force=False):
+        return finished_result(file, lambda result: result["run_id"] == run_id, force)
+
+    assert found("id") is None
     file.write_text(json.dumps({"run_id": "id", "score": 1}))
-    assert finished_result(file, "id", False) == {"run_id": "id", "score": 1}
-    assert finished_result(file, "id", True) is None
+    assert found("id") == {"run_id": "id", "score": 1}
+    assert found("id", force=True) is None
     with pytest.raises(FileExistsError, match="result of another run.*--force"):
-        finished_result(file, "other", False)
+        found("other")
     file.write_text("a letter to my aunt")
     with pytest.raises(FileExistsError, match="is no result file.*--force"):
-        finished_result(file, "id", False)
+        found("id")
     assert ledger_path("x/a.json").as_posix() == "x/a.json.partial"
