@@ -18,6 +18,7 @@ import numpy as np
 
 from freqkv_jax.evals.chat_wrap import TEMPLATES, prompt_tokens
 from freqkv_jax.evals.longbench import cut_middle, evenly
+from freqkv_jax.evals.result import model_fingerprint
 from freqkv_jax.evals.task import Answer, Engine, Item, Prompt, Record
 from freqkv_jax.tokenizer import load_tokenizer
 
@@ -127,8 +128,11 @@ class LongGenBench:
         """The data file, and who judges."""
         del engine
         digest = hashlib.sha256(Path(self.data).expanduser().read_bytes()).hexdigest()
-        judged_by = {"judge": self.judge, "judge_policy": "full", "judge_decoding": "greedy"}
-        return {"path": self.data, "sha256": digest, **(judged_by if self.judge else {})}
+        about = {"path": self.data, "sha256": digest}
+        if self.judge is not None:
+            about |= {"judge": self.judge, "judge_fingerprint": model_fingerprint(self.judge)}
+            about |= {"judge_policy": "full", "judge_decoding": "greedy"}
+        return about
 
     def run(self, engine: Engine, batch: Sequence[Item]) -> list[Record]:
         """Texts and what they hold."""

@@ -18,6 +18,13 @@ from freqkv_jax.model.llama import Llama
 
 PACKAGES = ("freqkv-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "safetensors", "gguf")
 
+# Files of a model's folder that change its prompts or answers, as weights do.
+BESIDE = (
+    "config.json", "tokenizer.json", "adapter_config.json", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+
 
 def check_output(path: str | os.PathLike[str]) -> None:
     """Creates the folder of a result file and sees that it can be written, before a long run.
@@ -86,16 +93,15 @@ def _git(root: Path, *args: str) -> str:
 def model_fingerprint(path: str | os.PathLike[str]) -> str | None:
     """SHA-256 that tells one checkpoint from another without reading all of it.
 
-    Covers name, size, first and last MiB of each weight file, config.json and tokenizer.json; of
-    an adapter's folder, its weights and adapter_config.json.
+    Covers name, size, first and last MiB of each weight file, of the configuration and of what
+    makes prompts and ends answers (BESIDE); of an adapter's folder, its weights and configuration.
     None where `path` is not on this disk (a hub id).
     """
     root = Path(path)
     if root.is_file():
         files = [root]
     elif root.is_dir():
-        names = ("config.json", "tokenizer.json", "adapter_config.json")
-        beside = [root / name for name in names if (root / name).is_file()]
+        beside = [root / name for name in BESIDE if (root / name).is_file()]
         files = sorted(
             [*root.glob("model*.safetensors"), *root.glob("adapter*.safetensors"), *beside]
         )

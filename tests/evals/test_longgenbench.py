@@ -150,6 +150,16 @@ def test_a_judge(data, monkeypatch):
     assert task.describe(engine)["judge"] == "a/judge"
 
 
+def test_another_judge_of_the_same_name_is_another_run(data, tmp_path):
+    (tmp_path / "judge").mkdir()
+    task, seen = LongGenBench(data=str(data), judge=str(tmp_path / "judge")), []
+    for weights in (b"0123", b"0124"):
+        (tmp_path / "judge" / "model.safetensors").write_bytes(weights)
+        seen.append(task.describe(FakeEngine(None)))
+    assert seen[0]["judge"] == seen[1]["judge"] and seen[0] != seen[1]
+    assert "judge_fingerprint" not in LongGenBench(data=str(data)).describe(FakeEngine(None))
+
+
 def test_a_judge_that_cannot_be_asked_is_refused_before_anything_runs(data, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         LongGenBench(data=str(data), judge=str(tmp_path / "nowhere")).items(FakeEngine(None))

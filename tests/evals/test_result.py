@@ -68,6 +68,29 @@ def test_fingerprint_tells_checkpoints_apart(tmp_path, monkeypatch):
     assert result.model_fingerprint("some/hub-id") is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "generation_config.json",
+     "special_tokens_map.json", "tokenizer.json"],
+)  # fmt: skip
+def test_fingerprint_covers_what_makes_prompts_and_ends_answers(tmp_path, name):
+    (tmp_path / "model.safetensors").write_bytes(b"0123")
+    seen = {result.model_fingerprint(tmp_path)}
+    for content in ("a", "b"):
+        (tmp_path / name).write_text(content)
+        seen.add(result.model_fingerprint(tmp_path))
+    assert len(seen) == 3
+
+
+def test_fingerprint_of_one_file_is_that_of_before(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"0123456789")
+    (tmp_path / "chat_template.jinja").write_text("beside a file, and not read with it")
+    assert result.model_fingerprint(file) == (
+        "884b2e2fbcf400bf37da9b389516d656cb33b703935049c986f856da42c1d401"
+    )
+
+
 def test_fingerprint_of_an_adapter(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"0123")
