@@ -234,7 +234,7 @@ class Comparison:
 
     def differences(self) -> Table | None:
         """Each row against its reference, with intervals; None where nothing can be compared."""
-        rows, unequal = [], False
+        rows, unequal, alike = [], False, False
         for row, cells in self.cells.items():
             lines: dict[str, list[str]] = {}
             for place, column in enumerate(self.columns):
@@ -244,7 +244,9 @@ class Comparison:
                 far = self._far(self.bytes_of(row, column), other, column) > EQUAL_BYTES
                 unequal |= far
                 line = lines.setdefault(other, ["-"] * len(self.columns))
-                text = difference_text(self.difference(row, other, column))
+                found = self.difference(row, other, column)
+                alike |= found is not None and found.is_alike
+                text = difference_text(found)
                 line[place] = text + (" \u2260" if far else "")
             rows += [[row, other, *line] for other, line in lines.items()]
         if not rows:
@@ -252,10 +254,12 @@ class Comparison:
         better = "negative" if self.metric.low_is_better else "positive"
         notes = [
             f"{better} is better; brackets: 95 % interval, paired bootstrap over the samples that"
-            " both have",
+            " both have, widened by Student's t",
         ]
         if any(s.block > 1 for cells in self.cells.values() for s in cells.values()):
             notes.append("windows that overlap are drawn together")
+        if alike:
+            notes.append("all alike: no difference of a part differs from its others")
         if unequal:
             notes.append("\u2260 the caches are not of equal size")
         unit = f"difference in {self.metric.unit}"
@@ -334,6 +338,8 @@ def difference_text(found: Difference | None, unit: str = "") -> str:
         return "no shared samples"
     if found.low is None or found.high is None:
         ends = "few samples"
+    elif found.is_alike:
+        ends = "all alike"
     else:
         ends = f"{found.low:+.2f}, {found.high:+.2f}"
     return " ".join(part for part in (f"{found.mean:+.2f}", unit, f"[{ends}]") if part)

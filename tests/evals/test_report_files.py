@@ -183,7 +183,7 @@ def test_means_are_those_of_the_records():
 
 
 def test_parts_of_one_sample_are_drawn_among_themselves():
-    values = [0.0, 1.0, 2.0, 5.0, 2.0, 3.0]
+    values = [0.0, 1.0, 2.0, 5.0, 2.0, 3.0, 1.0, 4.0]
     ours = {f"part {i}": {"0": value} for i, value in enumerate(values)}
     theirs = {part: {"0": 0.0} for part in ours}
     alone = paired_difference(ours, theirs)
