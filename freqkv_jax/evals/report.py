@@ -149,16 +149,16 @@ def _data_name(run: Run) -> str:
 
 
 def _in_short(sections: Iterable[list[Block]]) -> list[str]:
-    """The last verdict (the longest texts) of every comparison, under its section's title."""
+    """The verdicts on the longest texts of every comparison, under its section's title."""
     lines = []
     for section in sections:
         titles = ["", ""]
         for block in section:
             if isinstance(block, Heading):
                 titles = [block.text, ""] if block.level == 2 else [titles[0], block.text]
-            elif isinstance(block, Lines) and block.items:
+            elif isinstance(block, Lines):
                 title = ", ".join(part for part in titles if part)
-                lines.append(f"{title}: {block.items[-1]}")
+                lines += [f"{title}: {line}" for line in block.short]
     return lines
 
 

@@ -27,9 +27,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Lines:
-    """Sentences, as a list."""
+    """Sentences, as a list; `short` are those of them that a summary repeats."""
 
     items: Sequence[str]
+    short: Sequence[str] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _markdown(block: Block, figures: str) -> str:
             return f"{'#' * level} {_plain(text)}"
         case Paragraph(text):
             return _plain(text)
-        case Lines(items):
+        case Lines(items, _):
             return "\n".join(f"- {_plain(item)}" for item in items)
         case Figure(name, caption, _):
             return f"![{_plain(caption)}]({figures}/{name}.png)\n\n*{_plain(caption)}*"
@@ -125,7 +126,7 @@ def _html(block: Block) -> str:
             return f"<h{level}>{escape(text)}</h{level}>"
         case Paragraph(text):
             return f"<p>{escape(text)}</p>"
-        case Lines(items):
+        case Lines(items, _):
             return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
         case Figure(name, caption, png):
             data = base64.b64encode(png).decode()

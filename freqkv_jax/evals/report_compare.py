@@ -1,7 +1,7 @@
 """Tables of policies side by side, with differences at equal bytes, and who wins where."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from freqkv_jax.evals.report_runs import Run, finite
 from freqkv_jax.evals.report_stats import Difference, paired_difference
 
 LAST_TOKENS = 1024
+GUESSING = math.log(10)  # nats a digit of who knows nothing
 EQUAL_BYTES = 0.02  # caches whose sizes differ by less count as equal; scores of h2o: 1.6 %
 BASELINES = ("sink_window", "freqkv")  # what the others are compared with, if it is there
 Samples = dict[str, dict[str, float]]  # part -> sample's key -> value
@@ -26,6 +27,7 @@ class Metric:
     scale: float = 1.0
     form: str = "{:.2f}"
     has_plots: bool = True
+    guessing: float | None = None  # what it costs to know nothing
 
     @property
     def is_loss(self) -> bool:
@@ -58,7 +60,9 @@ METRICS = (
         "last_1k_loss", "perplexity of the last 1K tokens (lower is better)", True, has_plots=False
     ),
     Metric("score", "score of 100 (higher is better)", False, 100.0, "{:.1f}"),
-    Metric("nats_per_digit", "nats a digit of the pass-key (lower is better)", True),
+    Metric(
+        "nats_per_digit", "nats a digit of the pass-key (lower is better)", True, guessing=GUESSING
+    ),
     Metric("nats_per_token", "nats a token of the needle (lower is better)", True),
 )
 
@@ -282,11 +286,14 @@ class Comparison:
         at = "" if column == "all" else f": {column}"
         return Table(["part", *shown], rows, f"{self.metric.title}, by part{at}")
 
-    def verdicts(self) -> Iterator[str]:
-        """Who wins where caches are of equal size, said from the numbers."""
-        for column in self.columns:
-            for rows in self._equal_sets(column):
-                yield self._verdict(rows, column)
+    def verdicts(self) -> list[list[str]]:
+        """Who wins where caches are of equal size, said from the numbers: a column's together, a
+        size each; columns without any are left out."""
+        found = [
+            [self._verdict(rows, column) for rows in self._equal_sets(column)]
+            for column in self.columns
+        ]
+        return [lines for lines in found if lines]
 
     def _equal_sets(self, column: str) -> list[list[str]]:
         sets: list[list[str]] = []
@@ -316,6 +323,8 @@ class Comparison:
         if found is None:
             return f"{place}: {best} is best ({shown}); no samples are shared with {second}."
         text = f"{difference_text(found, self.metric.unit)} against {second}"
+        if self.metric.guessing and self.cells[best][column].mean >= self.metric.guessing:
+            return f"{place}: no better than guessing; {best} has {shown} ({text})."
         if not found.mean:
             return f"{place}: {best} and {second} are level ({shown})."
         if found.low is None:

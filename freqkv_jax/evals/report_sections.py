@@ -15,7 +15,7 @@ from freqkv_jax.evals.plots import (
     top_of,
 )
 from freqkv_jax.evals.report_blocks import Block, Figure, Heading, Lines, Paragraph, Table
-from freqkv_jax.evals.report_compare import Comparison, Series, compare
+from freqkv_jax.evals.report_compare import GUESSING, Comparison, Series, compare
 from freqkv_jax.evals.report_runs import Run, finite
 
 TITLES = {
@@ -26,7 +26,6 @@ TITLES = {
     "longgenbench": "LongGenBench",
 }
 MANY = 16  # curves that a picture takes, with eight colours
-GUESSING = math.log(10)  # nats a digit of who knows nothing
 COLUMN_OPTIONS = ("seq_len", "lengths", "min_length", "max_length", "step")
 # Of a result's top level, what a task's own table must say besides (a dot goes one level down).
 EXTRAS = {
@@ -71,9 +70,10 @@ def _comparison(comparison: Comparison, name: str) -> list[Block]:
     differences, parts = comparison.differences(), comparison.parts()
     tables = (differences, parts, _by_rounds(comparison))
     blocks += [table for table in tables if table is not None]
-    verdicts = list(comparison.verdicts())
+    verdicts = comparison.verdicts()
     if verdicts:
-        blocks.append(Lines(verdicts))
+        every = [line for lines in verdicts for line in lines]
+        blocks.append(Lines(every, short=verdicts[-1]))
     if not comparison.metric.has_plots:
         return blocks
     if len(comparison.cells) > MANY:

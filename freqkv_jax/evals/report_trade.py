@@ -1,6 +1,5 @@
 """The report's one picture of all policies: how well text is read, and how well a key is found."""
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -8,10 +7,9 @@ from typing import Any
 
 from freqkv_jax.evals.plots import COLOURS, MARKERS, new_figure, png, tidy
 from freqkv_jax.evals.report_blocks import Block, Figure, Heading, Paragraph, length_text
-from freqkv_jax.evals.report_compare import EQUAL_BYTES
+from freqkv_jax.evals.report_compare import EQUAL_BYTES, GUESSING
 from freqkv_jax.evals.report_runs import Run, finite
 
-GUESSING = math.log(10)  # nats a digit of who knows nothing
 FEWEST = 3  # policies that make a picture
 FONT = 8
 Point = tuple[Run, float, float]  # of perplexity; perplexity, nats a digit

@@ -11,7 +11,7 @@ from freqkv_jax.evals.report_blocks import Figure, Heading, Paragraph, bytes_tex
 from freqkv_jax.evals.report_compare import Comparison, compare, difference_text, natural, series_of
 from freqkv_jax.evals.report_runs import Run, policy_label
 from freqkv_jax.evals.report_stats import Difference, paired_difference
-from tests.evals.results import POLICIES, perplexity, result, runs_of
+from tests.evals.results import POLICIES, passkey, perplexity, result, runs_of
 
 
 def only(comparisons) -> Comparison:
@@ -122,7 +122,7 @@ def test_all_alike_is_said_and_explained():
     differences = comparison.differences()
     assert differences.rows[0][2] == "-50.00 [all alike]"
     assert any(note.startswith("all alike: ") for note in differences.notes)
-    assert "wins (50.0; +50.00 points [all alike]" in next(comparison.verdicts())
+    assert "wins (50.0; +50.00 points [all alike]" in comparison.verdicts()[0][0]
     clear = only(compare(runs_of(perplexity("freqkv"), perplexity("window", seed=2))))
     assert not any("alike" in note for note in clear.differences().notes)
 
@@ -156,7 +156,7 @@ def test_one_alone_at_its_size_is_compared_and_marked():
     (row,) = comparison.differences().rows
     assert row[:2] == ["full attention", "sink + window N=64"] and row[2].endswith("\u2260")
     assert any("not of equal size" in note for note in comparison.differences().notes)
-    assert not list(comparison.verdicts()), "only equal sizes have a winner"
+    assert not comparison.verdicts(), "only equal sizes have a winner"
 
 
 def test_a_baseline_can_be_named():
@@ -169,22 +169,47 @@ def test_a_baseline_can_be_named():
 
 def test_verdicts_say_only_what_is_clear():
     clear = only(compare(runs_of(perplexity("freqkv"), perplexity("window"))))
-    (line,) = clear.verdicts()
+    ((line,),) = clear.verdicts()
     assert re.search(r"^16 KiB, 128 tokens: sink \+ window N=64 wins \(.*; -9\.\d+ % \[", line)
     same = perplexity("window", offset=0.1, seed=5)
     unclear = only(compare(runs_of(perplexity("freqkv"), same)))
-    (line,) = unclear.verdicts()
+    ((line,),) = unclear.verdicts()
     assert "no clear winner" in line
     short = [perplexity(p) for p in ("freqkv", "window")]
     for data in short:
         data["records"] = data["records"][:3]
-    (line,) = only(compare(runs_of(*short))).verdicts()
+    ((line,),) = only(compare(runs_of(*short))).verdicts()
     assert "too few samples to tell" in line
     apart = [perplexity(p) for p in ("freqkv", "window")]
     for record in apart[0]["records"]:
         record["key"] += "x"
-    (line,) = only(compare(runs_of(*apart))).verdicts()
+    ((line,),) = only(compare(runs_of(*apart))).verdicts()
     assert "no samples are shared" in line
+
+
+def test_in_short_every_size_has_its_verdict():
+    small = {"policy": {"policy": "sink_window", "cache_size": 128}}
+    policies = [perplexity(p) for p in ("freqkv", "window", "large")]
+    longer = [perplexity(p, 256, seed=2) for p in ("freqkv", "window", "large")]
+    runs = runs_of(*policies, *longer, *(perplexity("window", n, config=small) for n in (128, 256)))
+    blocks = report.build(runs)
+    (short,) = (b.items for a, b in zip(blocks, blocks[1:], strict=False)
+                if isinstance(a, Heading) and a.text.startswith("In short"))  # fmt: skip
+    assert sorted(line.partition(" KiB")[0] for line in short) == [
+        "Perplexity of long text: 16", "Perplexity of long text: 32",
+    ]  # fmt: skip
+    assert all("256 tokens" in line for line in short), "the longest texts"
+
+
+def test_a_winner_among_those_who_guess_is_none():
+    known = only_nats(passkey("freqkv", 0.5), passkey("window", 1.0))
+    assert "is best" in known[0][0] and "no better than guessing" in known[1][0]
+    assert "freqkv" not in known[1][0] and "FreqKV N=64 has 2.50" in known[1][0]
+
+
+def only_nats(*results):
+    (found,) = (c for c in compare(runs_of(*results)) if c.metric.field == "nats_per_digit")
+    return found.verdicts()
 
 
 def test_models_are_not_compared_with_each_other():
@@ -196,7 +221,7 @@ def test_models_are_not_compared_with_each_other():
         ("tuned: FreqKV N=64", "tuned: sink + window N=64"),
         ("plain: FreqKV N=64", "plain: sink + window N=64"),
     }
-    assert len(list(comparison.verdicts())) == 2
+    assert [len(lines) for lines in comparison.verdicts()] == [2]
 
 
 def test_scores_by_part_and_length():
@@ -220,7 +245,7 @@ def test_scores_by_part_and_length():
     assert rounds.columns == ["policy", "0", "1", "2 to 3", "4 to 7"]
     assert rounds.rows[1] == ["sink + window N=64", "100.0", "100.0", "100.0", "50.0"]
     level = only(compare(runs_of(ruler("freqkv", 2), ruler("window", 2))))
-    assert all("are level (33.3)" in line for line in level.verdicts())
+    assert all("are level (33.3)" in line for lines in level.verdicts() for line in lines)
 
 
 # What is marked
