@@ -264,8 +264,9 @@ def _device(run: Run) -> str:
 
 
 def _own_peak(cost: dict) -> float | None:
-    """The peak of memory, None if the process had held as much before."""
-    return None if cost.get("peak_is_of_earlier") else cost.get("peak_bytes")
+    """The peak of memory, None if the process had held as much before, or nobody knows (results of
+    versions that did not say)."""
+    return cost.get("peak_bytes") if cost.get("peak_is_of_earlier") is False else None
 
 
 def _cost_on(device: str, runs: Sequence[Run], name: str) -> list[Block]:

@@ -304,6 +304,8 @@ def test_costs_of_more_texts_at_once_stand_apart(monkeypatch):
     def cost(rows, peak, earlier):
         one = {"tokens_read": 64, "rows": rows, "first_token_s": 1.0, "peak_bytes": peak,
                "peak_of": "device", "peak_is_of_earlier": earlier}  # fmt: skip
+        if earlier is None:
+            del one["peak_is_of_earlier"]
         return result("cost", "freqkv", [one], costs=[one])
 
     blocks = report.build(runs_of(cost(1, 7, False), cost(16, 7, True)))
@@ -312,6 +314,9 @@ def test_costs_of_more_texts_at_once_stand_apart(monkeypatch):
     # A peak that an earlier run of the process reached is not this run's.
     report.build(runs_of(cost(1, 7, False), cost(1, 9, True)))
     assert [sum("peak" in panel.y_label for panel in panels) for panels in drawn] == [1, 0, 0]
+    # Nor is one of which an old result does not say whose it is.
+    report.build(runs_of(cost(1, 7, None)))
+    assert not any("peak" in panel.y_label for panel in drawn[-1])
 
 
 def test_more_curves_than_can_be_told_apart_are_not_drawn():
