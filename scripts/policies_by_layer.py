@@ -130,9 +130,11 @@ def table(losses: dict[str, list[float]]) -> str:
     for name, found in losses.items():
         line = f"| {name} | {math.exp(np.mean(found)):.3f} |"
         if "equal" in losses and name != "equal":
-            apart = 100 * (np.array(found) - np.array(losses["equal"]))
+            apart = np.array(found) - np.array(losses["equal"])
             error = apart.std(ddof=1) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
-            line += f" {apart.mean():+.2f} ± {error:.2f} |"
+            # Of perplexities, exp(loss): so is an error of the loss, to first order.
+            ratio = math.exp(apart.mean())
+            line += f" {100 * (ratio - 1):+.2f} ± {100 * ratio * error:.2f} |"
         else:
             line += " - |"
         lines.append(line)
