@@ -1,5 +1,6 @@
 """Tables of policies side by side, with differences at equal bytes, and who wins where."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def _records(run: Run) -> list[dict]:
     # Results of versions that wrote no records.
     starts, losses = run.data.get("window_starts") or [], run.data.get("window_losses") or []
     pairs = zip(starts, losses, strict=False)
-    return [{"key": f"window/{start}", "loss": loss} for start, loss in pairs]
+    return [{"key": f"window/{start}", "start": start, "loss": loss} for start, loss in pairs]
 
 
 def _place(run: Run, record: dict) -> tuple[str, str, int]:
@@ -150,15 +151,15 @@ def _whole(value: object) -> int:
 
 
 def _overlap(run: Run) -> int:
-    """How many neighbouring windows of a text share tokens."""
+    """How many neighbouring windows share tokens; those of two documents share none."""
     if run.task != "perplexity":
         return 1
-    starts = sorted(run.data.get("window_starts") or [])
-    steps = np.diff(starts)
-    seq_len = run.config.get("seq_len")
-    if not seq_len or not steps.size or not steps.min():
-        return 1
-    return max(1, math.ceil(seq_len / steps.min()))
+    most, whole = 1, _whole(run.config.get("seq_len"))
+    for one, other in itertools.pairwise(_records(run)):
+        step = _whole(other.get("start")) - _whole(one.get("start"))
+        if step > 0 and one.get("document") == other.get("document"):
+            most = max(most, math.ceil((_whole(one.get("length")) or whole) / step))
+    return most
 
 
 class Comparison:

@@ -53,8 +53,12 @@ def test_windows_that_overlap_widen_the_interval():
     series = series_of(runs_of(perplexity("freqkv", config={"stride": 16}))[0])[0]
     assert series.block == 1
     overlapping = perplexity("freqkv")
-    overlapping["window_starts"] = [16 * i for i in range(40)]
+    for i, record in enumerate(overlapping["records"]):
+        record["start"] = 16 * i
     assert series_of(runs_of(overlapping)[0])[0].block == 8
+    old = {name: value for name, value in overlapping.items() if name != "records"}
+    old |= {"window_starts": [16 * i for i in range(40)], "window_losses": [3.0] * 40}
+    assert series_of(runs_of(old)[0])[0].block == 8
     assert paired_difference(ours, theirs, 400).low is None, "one block is no sample"
     # Neighbours that cancel out do so within a block.
     signs = {"a": {str(i): (-1.0) ** i for i in range(400)}}
@@ -71,6 +75,18 @@ def test_resampling_in_pieces_is_the_same(monkeypatch, block):
         monkeypatch.setattr(report_stats, "AT_ONCE", at_once)
         pieces = report_stats._resampled_means(pairs, block, 50, np.random.default_rng(0))
         assert (pieces == whole).all()
+
+
+def test_windows_of_two_documents_do_not_overlap():
+    data = perplexity("freqkv", seq_len=128)
+    # Documents of 100 tokens, a window each; then one whose windows share half of their tokens.
+    for i, record in enumerate(data["records"]):
+        record |= {"document": i, "start": 100 * i, "length": 100}
+    data["window_starts"] = [record["start"] for record in data["records"]]
+    assert series_of(runs_of(data)[0])[0].block == 1
+    for i, record in enumerate(data["records"][30:]):
+        record |= {"document": 30, "start": 3000 + 50 * i}
+    assert series_of(runs_of(data)[0])[0].block == 2
 
 
 @pytest.mark.parametrize(("parts", "size"), [(1, 8), (1, 16), (6, 4), (8, 1)])
