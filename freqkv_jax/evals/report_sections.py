@@ -32,9 +32,9 @@ EXTRAS = {
     "longbench": (("macro6", "macro6"), ("flat14", "flat14"), ("flat16", "flat16")),
     "longgenbench": (
         ("completion_rate", "completion rate %"),
-        ("string_check.mean", "string check (share)"),
-        ("judge.mean", "judge (share)"),
-        ("accuracy_x_completion", "accuracy x completion"),
+        ("string_check.mean", "string check %"),
+        ("judge.mean", "judge %"),
+        ("accuracy_x_completion", "accuracy x completion %"),
     ),
 }
 

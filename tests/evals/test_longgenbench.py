@@ -3,9 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from freqkv_jax.evals import longgenbench
+from freqkv_jax.evals import longgenbench, report_sections
 from freqkv_jax.evals.longgenbench import LongGenBench, read_assignments, says, units
 from freqkv_jax.evals.options import build_task
+from tests.evals.results import result, runs_of
 from tests.evals.text_tasks import FakeEngine, assignment, gold_text, run
 
 
@@ -46,6 +47,15 @@ def test_writing_nothing_scores_0(data):
     assert summary["string_check"]["once"] == 0
     assert summary["string_check"]["range"] is summary["string_check"]["mean"] is None
     assert summary["accuracy_x_completion"] is None
+
+
+def test_a_report_calls_percent_percent(data):
+    _, summary = run(LongGenBench(data=str(data)), writer(data))
+    (table,) = report_sections._extras(runs_of(result("longgenbench", "freqkv", **summary)))
+    assert dict(zip(table.columns, table.rows[0], strict=True)) == {
+        "model": "tiny", "policy": "FreqKV N=64", "completion rate %": "100",
+        "string check %": "100", "judge %": "-", "accuracy x completion %": "100",
+    }  # fmt: skip
 
 
 def test_a_short_text_keeps_its_accuracy_and_loses_completion(data):
