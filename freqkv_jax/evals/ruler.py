@@ -62,7 +62,11 @@ class Ruler:
     seed: int = field(default=42, metadata={"help": "of the samples"})
 
     name = "ruler"
-    protocol = "ruler-nvidia"
+
+    @property
+    def protocol(self) -> str:
+        """Whose prompts: "ruler-nvidia" or "ruler-opencompass"."""
+        return "ruler-opencompass" if self.prefix_in_user else "ruler-nvidia"
 
     def items(self, engine: Engine) -> Sequence[Prompt]:
         """All samples; ValueError for options, FileNotFoundError for corpora, ImportError."""

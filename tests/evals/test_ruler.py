@@ -103,6 +103,11 @@ def solve(name, text):
     return [re.search(rf"Path {i}\nIt ends at (port {i}x)", text)[1].replace("port", "Port")]
 
 
+def test_protocols_are_named_after_whose_prompts_they_are():
+    assert Ruler().protocol == "ruler-nvidia"
+    assert Ruler(prefix_in_user=True).protocol == "ruler-opencompass"
+
+
 @pytest.mark.parametrize("options", [{}, {"chat_template": "tokenizer", "prefix_in_user": True}])
 @pytest.mark.parametrize("name", SUBTASKS)
 def test_length_and_gold_answer(corpus, name, options):
