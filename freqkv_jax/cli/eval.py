@@ -322,8 +322,9 @@ def print_result(measured: dict[str, Any], output: str | None) -> None:
         print_table(measured["table"]["columns"], measured["table"]["rows"])
     if measured["num_failed"]:
         print(f"failed            {measured['num_failed']} of {measured['num_items']} items")
-    print(f"KV cache          {size_text(measured['kv_bytes'])}")
-    print(f"tokens/s          {measured['tokens_per_second']:.1f}")
+    if "kv_bytes" in measured:  # not where a task's own table says it
+        print(f"KV cache          {size_text(measured['kv_bytes'])}")
+        print(f"tokens/s          {measured['tokens_per_second']:.1f}")
     print(
         f"seconds           {measured['seconds']:.1f} ({measured['compile_seconds']:.1f} compiling)"
     )

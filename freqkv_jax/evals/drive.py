@@ -99,6 +99,9 @@ def run_task(task: Task, engine: Engine, run: Run) -> dict[str, Any]:
         "num_failed": len(records) - len(good),
         "records": records,
     }
+    if measures_time(task):  # its own figures know rows, repeats and what was written; these do not
+        for name in ("num_tokens", "tokens_per_second", "kv_bytes"):
+            del result[name]
     if run.output and jax.process_index() == 0:
         write_result(run.output, result)
         ledger.remove()

@@ -225,6 +225,15 @@ USAGE = {
 }  # fmt: skip
 
 
+def test_costs_are_printed_by_their_table_alone(bare_folder, capsys):
+    words = ["eval", "cost", "--model", bare_folder, "--lengths", "20", "--new-tokens", "2",
+             "--single-steps", "1", "--repeats", "1", "--cache-size", "24"]  # fmt: skip
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "prefill tokens/s" in lines[0] and any(line.startswith("seconds ") for line in lines)
+    assert not any(line.startswith(("KV cache", "tokens/s")) for line in lines)
+
+
 @pytest.mark.parametrize("case", USAGE)
 def test_usage(case, capsys):
     words, message = USAGE[case]

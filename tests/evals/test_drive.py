@@ -139,6 +139,8 @@ def test_times_of_other_devices_are_another_run(tmp_path, monkeypatch):
     output = tmp_path / "a.json"
     got = run_task(TimedTask(), FakeEngine(), settings(output))
     assert drive.finished(TimedTask(), FakeEngine(), settings(output)) == got
+    general = {"num_tokens", "tokens_per_second", "kv_bytes"}
+    assert not general & got.keys() and "seconds" in got, "its records have rates of their own"
     for changes in ({"mesh": "data=2"}, {"mesh": None, "count": 1}):
         count = changes.pop("count", jax.device_count())
         monkeypatch.setattr(drive.jax, "device_count", lambda count=count: count)
@@ -147,6 +149,7 @@ def test_times_of_other_devices_are_another_run(tmp_path, monkeypatch):
     monkeypatch.undo()
     untimed = tmp_path / "b.json"
     got = run_task(FakeTask(), FakeEngine(), settings(untimed))
+    assert general <= got.keys()
     assert run_task(FakeTask(), FakeEngine(), settings(untimed, mesh="data=2")) == got
 
 
