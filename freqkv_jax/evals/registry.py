@@ -28,6 +28,8 @@ SUMMARIES = {
     "lm-eval": "tasks of the lm-eval harness",
 }
 
+NAMES = 8  # that a message lists of many
+
 
 def task_class(name: str) -> type[Any]:
     """The class of a task; ValueError for an unknown name, with the nearest one."""
@@ -38,8 +40,12 @@ def task_class(name: str) -> type[Any]:
 
 
 def nearest(given: Any, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the nearest known one, and all of them."""
+    """The end of a message about an unknown word: the nearest known one, and all of them, or a few
+    of many."""
     known = list(known)
     near = difflib.get_close_matches(str(given), known, 1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{hint} (allowed: {', '.join(known) or 'none'})"
+    shown = known if len(known) <= NAMES + 2 else known[:NAMES]
+    names = ", ".join(shown) or "none"
+    more = f" and {len(known) - len(shown)} more" if len(shown) < len(known) else ""
+    return f"{hint} (allowed: {names}{more})"

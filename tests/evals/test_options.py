@@ -13,7 +13,7 @@ from freqkv_jax.evals.options import (
     option_values,
     options_of,
 )
-from freqkv_jax.evals.registry import SUMMARIES, TASKS, task_class
+from freqkv_jax.evals.registry import SUMMARIES, TASKS, nearest, task_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +106,12 @@ def test_every_task_has_options_with_help(name):
 def test_unknown_task():
     with pytest.raises(ValueError, match="no task is named 'rulr'; did you mean 'ruler'"):
         task_class("rulr")
+
+
+def test_a_message_names_a_few_of_many():
+    many = [f"cell-{i:03}" for i in range(112)]
+    assert nearest("cell-1100", many) == (
+        "; did you mean 'cell-110'? (allowed: " + ", ".join(many[:8]) + " and 104 more)"
+    )
+    assert nearest("x", many[:10]) == f" (allowed: {', '.join(many[:10])})"
+    assert nearest("x", []) == " (allowed: none)"
