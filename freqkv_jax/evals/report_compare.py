@@ -177,6 +177,13 @@ class Comparison:
                 row += " (again)"
             self.cells.setdefault(row, {})[one.column] = one
 
+    @property
+    def title(self) -> str:
+        """The metric's, with what a score counts where a task has several."""
+        run = next(one.run for cells in self.cells.values() for one in cells.values())
+        words = run.score_words() if self.metric.field == "score" else ""
+        return self.metric.title.replace(" (", f", {words} (", 1) if words else self.metric.title
+
     def bytes_of(self, row: str, column: str | None = None) -> int | None:
         """Of the cache of one text, at a column's length (the longest one's)."""
         cells = self.cells[row]
@@ -234,7 +241,7 @@ class Comparison:
             rows.append(line)
         counts = sorted({s.count for cells in self.cells.values() for s in cells.values()})
         samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        caption = f"{self.metric.title}; samples a cell: {samples}"
+        caption = f"{self.title}; samples a cell: {samples}"
         return Table(["policy", "KV bytes", *self.columns], rows, caption, sorted(notes))
 
     def differences(self) -> Table | None:
@@ -285,7 +292,7 @@ class Comparison:
                 line.append(self.metric.shown(_mean(part.values())) if part else "-")
             rows.append(line)
         at = "" if column == "all" else f": {column}"
-        return Table(["part", *shown], rows, f"{self.metric.title}, by part{at}")
+        return Table(["part", *shown], rows, f"{self.title}, by part{at}")
 
     def verdicts(self) -> list[list[str]]:
         """Who wins where caches are of equal size, said from the numbers: a column's together, a

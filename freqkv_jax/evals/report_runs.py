@@ -92,6 +92,14 @@ class Run:
             return found
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
+    def score_words(self, name: str = "") -> str:
+        """What a score of a needle test counts, by default its main one: what is most likely after
+        the right tokens, or what was written; "" where a result does not say."""
+        name = name or str((self.data.get("grid") or {}).get("default") or "")
+        pieces = "digits" if self.config.get("variant") == "passkey" else "tokens"
+        words = {"greedy": f"{pieces} most likely", "exact": "digits written"}
+        return words.get(name) or name.replace("_", " ")
+
     def kv_bytes(self, length: int) -> int | None:
         """Bytes of keys and values of one text of `length` tokens; None where they are unknown."""
         kv = self.policy

@@ -53,7 +53,7 @@ def comparison_section(
     for number, comparison in enumerate(comparisons):
         tag = name if len(comparisons) == 1 else f"{name}_{comparison.metric.field}"
         if number or len(comparisons) > 1:
-            words = comparison.metric.title.partition(" (")[0]
+            words = comparison.title.partition(" (")[0]
             blocks.append(Heading(3, words[0].upper() + words[1:]))
         blocks += _comparison(comparison, tag)
     blocks += _extras(runs)
@@ -78,7 +78,7 @@ def _comparison(comparison: Comparison, name: str) -> list[Block]:
         return blocks
     if len(comparison.cells) > MANY:
         return [*blocks, _too_many(len(comparison.cells))]
-    title = comparison.metric.title
+    title = comparison.title
     if len(comparison.columns) > 1:
         caption = f"{title} against length, with standard errors"
         blocks.append(Figure(f"{name}_length", caption, _length_figure(comparison)))
@@ -120,7 +120,7 @@ def _by_rounds(comparison: Comparison) -> Table | None:
         [row, *(metric.shown(float(np.mean(v[p]))) if p in v else "-" for p in places)]
         for row, v in found.items()
     ]
-    caption = f"{metric.title}, by the rounds that the answer's place goes through, all lengths"
+    caption = f"{comparison.title}, by the rounds that the answer's place goes through, all lengths"
     return Table(["policy", *map(words, places)], rows, caption)
 
 
@@ -238,7 +238,8 @@ def _needle_maps(runs: Sequence[Run], name: str) -> list[Block]:
         words = metric.replace("_", " ")
         better = "0 is best; red: guessing" if low_is_better else "1 is best"
         picture = needle_figure(maps, f"{words} ({better})", best, worst)
-        caption = f"{words.capitalize()} by length and depth of the needle ({better})"
+        counted = runs[0].score_words(metric).capitalize()
+        caption = f"{counted} by length and depth of the needle ({better})"
         blocks.append(Figure(f"{name}_{metric}", caption, picture))
     return blocks
 

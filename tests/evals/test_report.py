@@ -7,7 +7,7 @@ import pytest
 from scipy.special import stdtrit
 
 from freqkv_jax.evals import report, report_sections, report_stats
-from freqkv_jax.evals.report_blocks import Figure, Heading, Paragraph, bytes_text
+from freqkv_jax.evals.report_blocks import Figure, Heading, Paragraph, Table, bytes_text
 from freqkv_jax.evals.report_compare import Comparison, compare, difference_text, natural, series_of
 from freqkv_jax.evals.report_runs import Run, policy_label
 from freqkv_jax.evals.report_stats import Difference, paired_difference
@@ -123,6 +123,25 @@ def test_differences_that_are_all_alike_have_no_interval(count, clear, words):
     got = paired_difference(ours, theirs)
     assert got.is_clear == clear and words in difference_text(got)
     assert difference_text(got).startswith("+0.20 [")
+
+
+@pytest.mark.parametrize(
+    ("variant", "score", "words"),
+    [("passkey", "greedy", "digits most likely"), ("sandwich", "greedy", "tokens most likely"),
+     ("passkey", "exact", "digits written"), ("sandwich", "word_recall", "word recall")],
+)  # fmt: skip
+def test_titles_say_what_a_needles_score_counts(variant, score, words):
+    values = {score: {"higher_is_better": True, "values": [[0.5]]}}
+    grid = {"lengths": [64], "depths": [50], "default": score, "metrics": values}
+    records = [{"key": f"64/50/{i}", "length_target": 64, "depth": 50, "score": 0.5, "length": 64,
+                "nats_per_digit": 1.0} for i in range(2)]  # fmt: skip
+    data = result("needle", "freqkv", records, config={"variant": variant}, grid=grid)
+    blocks = report.build(runs_of(data))
+    titles = [block.text for block in blocks if isinstance(block, Heading)]
+    captions = [block.caption for block in blocks if isinstance(block, (Figure, Table))]
+    assert f"Score of 100, {words}" in titles
+    assert any(text.startswith(f"score of 100, {words} (higher is better); ") for text in captions)
+    assert any(text.startswith(f"{words.capitalize()} by length and depth") for text in captions)
 
 
 def test_all_alike_is_said_and_explained():
