@@ -186,7 +186,7 @@ def _identity(
     }
     if measures_time(task):
         kind, count = jax.devices()[0].device_kind, jax.device_count()
-        identity["on"] = {"mesh": run.mesh, "kind": kind, "count": count}
+        identity["device"] = {"mesh": run.mesh, "kind": kind, "count": count}
     identity = json.loads(json.dumps(identity, allow_nan=False))
     return identity, _run_id(identity)
 
@@ -200,11 +200,11 @@ def _is_of(result: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
     if result.get("run_id") == _run_id(identity):
         return True
     # Versions up to 0.1.0 left out what a timed run was on; the result says it elsewhere.
-    before = {key: value for key, value in identity.items() if key != "on"}
+    before = {key: value for key, value in identity.items() if key != "device"}
     device = result.get("device") or {}
     on = {"mesh": (result.get("config") or {}).get("mesh")}
     on |= {name: device.get(name) for name in ("kind", "count")}
-    return identity.get("on") == on and result.get("run_id") == _run_id(before)
+    return identity.get("device") == on and result.get("run_id") == _run_id(before)
 
 
 def _config(task: Task, engine: Engine, run: Run) -> dict[str, Any]:
