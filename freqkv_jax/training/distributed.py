@@ -26,16 +26,21 @@ def start(wanted: bool, env: Mapping[str, str] | None = None) -> bool:
       Whether this process is one of a cluster.
 
     Raises:
-      ValueError: the others cannot be found.
+      ValueError: the others cannot be found, or are there and were not asked for.
     """
     env = os.environ if env is None else env
     if jax.distributed.is_initialized():
         return True
     given = addresses(env)
     if given is None and not wanted and not in_cluster(env):
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"this process sees the devices of {jax.process_count()} hosts (a TPU pod), but"
+                " the run is not distributed; add --set run.distributed=true on every host"
+            )
         return False
     try:
-        jax.distributed.initialize(**(given or {}))
+        jax.distributed.initialize(**(given or {}), local_device_ids=local_devices(env))
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"the processes of this run did not find each other ({error}); start one process a"
@@ -65,6 +70,22 @@ def addresses(env: Mapping[str, str]) -> dict[str, Any] | None:
     return {"coordinator_address": env[ADDRESS], "num_processes": count, "process_id": number}
 
 
+def local_devices(env: Mapping[str, str]) -> list[int] | None:
+    """The GPUs that this process drives: all of its node, where it is the node's only SLURM task.
+
+    None leaves it to jax, which gives each SLURM task the one device of its number on the node.
+    """
+    tasks, nodes = env.get("SLURM_STEP_NUM_TASKS"), env.get("SLURM_STEP_NUM_NODES")
+    if "SLURM_PROCID" not in env or tasks is None or tasks != nodes:
+        return None
+    if env.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    visible = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = env.get("SLURM_GPUS_ON_NODE", "")
+    number = len(visible) or (int(count) if count.isdigit() else 0)
+    return list(range(number)) or None
+
+
 def in_cluster(env: Mapping[str, str]) -> bool:
     """Whether the environment is that of one task of several: a SLURM step, a TPU pod."""
     tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
@@ -91,6 +112,17 @@ def run_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     sizes = make_mesh(data, fsdp, tensor, devices).shape  # fills -1 in, checks the product
     grid = hybrid_grid(devices, tuple(sizes[axis] for axis in AXES))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def describe(mesh: Mesh) -> str:
+    """The mesh, and how many devices of how many hosts are in it; what to do about idle ones."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    count, hosts = jax.device_count(), jax.process_count()
+    kind = mesh.devices.flat[0].device_kind
+    text = f"mesh {axes}: {mesh.size} of {count} devices ({kind}), {hosts} host{'s' * (hosts > 1)}"
+    if mesh.size == count:
+        return text
+    return f"{text}. WARNING: {count - mesh.size} idle; --set mesh.fsdp=-1 uses all that are left"
 
 
 def slices_of(devices: Sequence[Any]) -> list[int]:
@@ -148,6 +180,14 @@ def global_batch(mesh: Mesh, local: Mapping[str, np.ndarray], batch_size: int) -
         )
         for name, array in local.items()
     }
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here, however long that takes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"freqkv_jax.{name}")
 
 
 def any_process(flag: bool) -> bool:

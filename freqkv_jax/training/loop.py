@@ -40,6 +40,7 @@ def train(cfg: RunConfig) -> int:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(clustered))
         setup = prepare(cfg, folder)
+        note(distributed.describe(setup.mesh))
         keep = cfg.checkpoint
         saved = Checkpoints(folder / CHECKPOINTS, keep.keep, keep.keep_best)
         stack.callback(saved.close)
