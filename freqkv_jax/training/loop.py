@@ -33,6 +33,7 @@ def train(cfg: RunConfig) -> int:
     """
     clustered = distributed.start(cfg.run.distributed)
     folder = RunDir(cfg.run.dir)
+    folder.check_shared()
     resumed = folder.check_config(cfg)
     if resumed and folder.finished_step() >= cfg.train.steps:
         note(f"{folder.path}: all {cfg.train.steps} steps are done; nothing is left to do")
@@ -89,6 +90,8 @@ def train(cfg: RunConfig) -> int:
         saved.wait()
         export(cfg, folder, setup, state, frozen)
         folder.write(FINISHED, json.dumps({"step": cfg.train.steps}) + "\n")
+        # jax's own barrier at the end gives up after 5 minutes; an upload may take longer.
+        distributed.barrier("finished")
         share = record.wait_share
         waited = "" if share is None else f"; {share:.2%} of the steps' time was waiting for data"
         note(f"done: {cfg.train.steps} steps in {folder.path}{waited}")

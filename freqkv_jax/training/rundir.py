@@ -1,21 +1,25 @@
 """The folder of a run: its config, and whether the run is done."""
 
 import json
+import secrets
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from freqkv_jax.evals.result import environment
 from freqkv_jax.files import write_text
-from freqkv_jax.training import schema
+from freqkv_jax.training import distributed, schema
 
 CONFIG, METRICS, SAMPLES, CURVES = "config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png"
 CHECKPOINTS, EVENTS, EXPORT, ADAPTER = "checkpoints", "tensorboard", "export", "adapter"
 FINISHED = "finished.json"
+SEEN_WITHIN_S = 10.0  # a network disk may show a new file late
 
 
 class RunDir:
@@ -37,6 +41,39 @@ class RunDir:
                 (self / name).write_text(text)
             else:
                 write_text(self / name, text)
+
+    def check_shared(self) -> None:
+        """Sees to it that all processes have the same folder; every process calls it.
+
+        Raises:
+          ValueError: in every process, if one of them does not see what process 0 writes.
+        """
+        if jax.process_count() == 1:
+            return
+        from jax.experimental import multihost_utils
+
+        word = np.asarray(secrets.randbits(31), np.int32)
+        name = f".shared-{int(multihost_utils.broadcast_one_to_all(word))}"
+        failed: OSError | None = None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write(name, "seen by every process of the run\n")
+        except OSError as error:  # raised when all know
+            failed = error
+        distributed.barrier("shared.written")
+        begin = time.monotonic()
+        while not (seen := (self / name).exists()) and time.monotonic() - begin < SEEN_WITHIN_S:
+            time.sleep(0.2)
+        lost = distributed.any_process(failed is not None or not seen)
+        if jax.process_index() == 0:
+            (self / name).unlink(missing_ok=True)
+        if lost:
+            raise ValueError(
+                f"run.dir {self.path} is not one folder for all {jax.process_count()} processes:"
+                " one of them does not see what process 0 writes there"
+                + (f" ({failed})" if failed else "")
+                + "; name a folder on a disk that all hosts share, or gs://BUCKET/NAME"
+            )
 
     def put(self, name: str, make: Callable[[Path], Any]) -> None:
         """Lets `make` write a file or folder of that name; a remote one by way of a local copy."""

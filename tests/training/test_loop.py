@@ -2,30 +2,21 @@ import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 import types
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import freqkv_jax as fk
-from freqkv_jax.sharding import make_mesh
-from freqkv_jax.training import distributed, schema, setup
-from freqkv_jax.training.loop import train
+from freqkv_jax.training import schema, setup
 from freqkv_jax.training.metrics import read_lines
 from freqkv_jax.training.monitor import BadLossError, HeldOut, LossGuard
 from freqkv_jax.training.rundir import RunDir
 from freqkv_jax.training.step import make_train_step
-from tests.tiny import random_params, tiny_config
+from tests.tiny import tiny_config
 from tests.tolerances import LOGITS, SHARDED_LOSS
-
-ROOT = Path(__file__).parents[2]
-KV = {"policy": "freqkv", "cache_size": 16, "sink_size": 2}
+from tests.training.runs import losses, raw, run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,40 +34,6 @@ def one_program_for_equal_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_train_step", make)
         yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A one-layer model on disk."""
-    folder = tmp_path_factory.mktemp("base")
-    config = tiny_config(num_layers=1, vocab_size=64)
-    model = fk.Llama(config, fk.FreqKVConfig(**{k: v for k, v in KV.items() if k != "policy"}))
-    fk.save_pretrained(model, random_params(config), folder)
-    return folder
-
-
-def raw(base, folder, **sections):
-    tree = {
-        "run": {"dir": str(folder)},
-        "model": {"path": str(base), "dtype": "float32"},
-        "kv": KV,
-        "data": {"train": [{"path": "train", "kind": "generated"}]},
-        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
-        "train": {"mode": "norms", "steps": 6, "batch_size": 8, "seq_len": 32, "remat": "none"},
-        "checkpoint": {"every": 2},
-        "log": {"tensorboard": False},
-    }
-    for name, values in sections.items():
-        tree[name] = tree.get(name, {}) | values
-    return tree
-
-
-def run(base, folder, **sections):
-    return train(schema.from_dict(raw(base, folder, **sections)))
-
-
-def losses(folder):
-    return [r["loss"] for r in read_lines(folder / "metrics.jsonl") if "loss" in r]
 
 
 def stop_at(monkeypatch, step):
@@ -179,6 +136,20 @@ def test_stopped_and_resumed_on_a_mesh_it_ends_the_same(base, tmp_path, calm, mo
     assert held == [0, 3]
 
 
+def test_others_wait_until_the_first_has_written_all(base, tmp_path, monkeypatch):
+    """An upload of minutes would outlast the patience of jax's own barrier at the end."""
+    from freqkv_jax.training import loop
+
+    met = []
+    monkeypatch.setattr(
+        loop.distributed,
+        "barrier",
+        lambda name: met.append((name, (tmp_path / "r" / "finished.json").exists())),
+    )
+    assert run(base, tmp_path / "r", train=raw(base, tmp_path)["train"] | {"steps": 1}) == 0
+    assert met == [("finished", True)]
+
+
 def test_resume_refuses_another_config(calm, base):
     folder, sections = calm
     other = sections | {"train": sections["train"] | {"lora_rank": 4}}
@@ -242,134 +213,3 @@ def test_pieces_cover_each_place_once():
     assert sum(p.astype(int) for p in pieces.values()).tolist() == [0] + [1] * 31
     in_window = sum(p for key, p in pieces.items() if 1 in key)
     assert np.flatnonzero(in_window).tolist() == list(range(1, 17))
-
-
-def test_addresses_and_clusters():
-    env = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-    want = {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1}
-    assert distributed.addresses(env) == want
-    assert distributed.addresses({}) is None
-    for wrong in ({"JAX_PROCESS_ID": "2"}, {"JAX_COORDINATOR_ADDRESS": "host"}):
-        with pytest.raises(ValueError, match="HOST:PORT of process 0"):
-            distributed.addresses(env | wrong)
-    assert distributed.in_cluster({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"})
-    assert not distributed.in_cluster({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"})
-    assert distributed.in_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
-    assert distributed.start(False, {}) is False
-
-
-def fake_devices(slices, each):
-    kind = {"platform": "fake", "device_kind": "fake"}
-    return [
-        types.SimpleNamespace(id=s * each + i, slice_index=s, process_index=s, **kind)
-        for s in range(slices)
-        for i in range(each)
-    ]
-
-
-def test_hybrid_mesh_keeps_tensor_inside_a_slice():
-    devices = fake_devices(2, 4)
-    for sizes in ((2, 2, 2), (1, 4, 2), (4, 1, 2)):
-        grid = distributed.hybrid_grid(devices, sizes)
-        assert grid.shape == sizes
-        assert all(len({d.slice_index for d in row}) == 1 for row in grid.reshape(-1, sizes[2]))
-    with pytest.raises(ValueError, match="multiple of 2"):
-        distributed.hybrid_grid(devices, (1, 1, 8))
-
-
-def test_batch_share_of_one_process():
-    assert distributed.batch_share(make_mesh(2, 2, 2), 8) == (0, 1)
-    got = distributed.global_batch(make_mesh(2, 2, 2), {"tokens": np.arange(16).reshape(8, 2)}, 8)
-    assert np.asarray(got["tokens"]).tolist() == np.arange(16).reshape(8, 2).tolist()
-
-
-def environment(**more):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return env | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"} | more
-
-
-@pytest.mark.slow
-def test_killed_three_times_it_ends_the_same(tmp_path):
-    command = [sys.executable, "scripts/kill_and_resume.py", "--kills", "3", "--steps", "24"]
-    done = subprocess.run(
-        [*command, "--work", str(tmp_path)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills: losses and weights are bit-equal" in done.stdout
-
-
-def start_train(config, env, *sets):
-    command = [sys.executable, "train.py", "--config", str(config)]
-    command += [word for one in sets for word in ("--set", one)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def train_together(config, count, *sets):
-    """Trains in `count` processes of 2 devices in all."""
-    finish(start_together(config, count, *sets))
-
-
-def start_together(config, count, *sets):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for number in range(count):
-        flag = f"--xla_force_host_platform_device_count={2 // count}"
-        env = environment(XLA_FLAGS=flag)
-        if count > 1:
-            env |= {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(number),
-            }
-        started.append(start_train(config, env, *sets))
-    return started
-
-
-def finish(started):
-    for process in started:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("axis", ["data", "tensor"])
-def test_two_processes_train_save_and_resume_as_one(base, tmp_path, axis):
-    config = tmp_path / "config.yaml"
-    held = {"eval": [{"path": "b", "kind": "generated"}]}
-    tree = raw(base, tmp_path / "x", mesh={axis: 2}, log={"eval_every": 4, "eval_rows": 3})
-    tree["data"] |= held
-    tree["train"] |= {"mode": "lora"}
-    config.write_text(json.dumps(tree))
-    train_together(config, 1, f"run.dir={tmp_path}/one", "train.steps=8")
-    two = f"run.dir={tmp_path}/two"
-    train_together(config, 2, two, "train.steps=4")
-    assert len(losses(tmp_path / "two")) == 4, "one process writes"
-    train_together(config, 2, two, "train.steps=6")
-    train_together(config, 1, two, "train.steps=8")
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(two) == 8
-    np.testing.assert_allclose(one, two, atol=SHARDED_LOSS, rtol=0)
-    assert jax.process_count() == 1
-
-
-@pytest.mark.slow
-def test_sigterm_to_one_process_stops_both_behind_the_same_step(base, tmp_path):
-    config = tmp_path / "config.yaml"
-    tree = raw(base, tmp_path / "run", mesh={"data": 2}, checkpoint={"every": 100000})
-    tree["train"] |= {"steps": 100000}
-    config.write_text(json.dumps(tree))
-    started = start_together(config, 2)
-    begin = time.monotonic()
-    while len(losses(tmp_path / "run")) < 5 and time.monotonic() - begin < 200:
-        time.sleep(0.1)
-    started[1].terminate()
-    finish(started)
-    last = len(losses(tmp_path / "run"))
-    assert last >= 5
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [str(last)]
