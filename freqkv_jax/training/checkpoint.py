@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import re
 import warnings
 from typing import Any
 
@@ -11,10 +12,21 @@ import jax
 from freqkv_jax.sharding import tree_path
 
 ITEM, ABOUT = "state", "about"
+# What the libraries below say of a folder that may be whole all the same: the machine or the
+# storage failed. (Theirs are mostly ValueErrors.) 2 and 20: no such file, no such folder.
+PASSING = re.compile(
+    r"RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|CANCELLED"
+    r"|ABORTED|OS error (?!2:|20:)\d"
+)
+OTHER_ARRAYS = re.compile(r"tree structures do not match|not compatible with the stored shape")
 
 
 class SaveError(OSError):
     """A checkpoint could not be written (a full disk, say); earlier ones are whole."""
+
+
+class ReadError(OSError):
+    """A checkpoint could not be read now (a time-out, no memory), though it may be whole."""
 
 
 class Checkpoints:
@@ -102,7 +114,8 @@ class Checkpoints:
           like: tree of arrays or ShapeDtypeStructs with the shardings to restore onto.
 
         Raises:
-          ValueError: several checkpoints, and none can be read.
+          ReadError: memory or storage failed, so that nothing is known of the checkpoint.
+          ValueError: several checkpoints, and none can be read; or one of other arrays.
         """
         wanted = flat(jax.tree.map(_abstract, like))
         args = self._ocp.args.Composite(
@@ -117,6 +130,7 @@ class Checkpoints:
                 got = self._manager.restore(step, args=args)
                 about = dict(got[ABOUT])
             except Exception as error:  # a torn folder fails in many ways
+                self._check_torn(step, error)
                 torn.append((step, error))
                 continue
             self._set_aside(torn)
@@ -158,10 +172,27 @@ class Checkpoints:
             try:
                 args = self._ocp.args.Composite(**{ABOUT: self._ocp.args.JsonRestore()})
                 score = self._manager.restore(step, args=args)[ABOUT]["score"]
-            except Exception:  # torn: never the best
+            except Exception as error:  # torn: never the best
+                self._check_torn(step, error)
                 score = None
             self._scores[step] = math.inf if score is None else score
         return self._scores[step]
+
+    def _check_torn(self, step: int, error: Exception) -> None:
+        """Raises ReadError or ValueError unless the error speaks of a folder that is damaged."""
+        chain = _chain(error)
+        if any(_is_passing(one) for one in chain):
+            raise ReadError(
+                f"the checkpoint of step {step} in {self.folder} could not be read"
+                f" ({_first_line(chain[-1])}); it is left as it is. Run the same command again when"
+                " memory and storage allow"
+            ) from error
+        if any(OTHER_ARRAYS.search(str(one)) for one in chain):
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.folder} holds other arrays than this run"
+                f" needs ({_first_line(error)}); it was written by another version. Go on with that"
+                " one, or choose another run.dir"
+            ) from error
 
     def _set_aside(self, torn: list[tuple[int, Exception]]) -> None:
         for step, error in torn:
@@ -200,6 +231,22 @@ def flat(tree: Any) -> dict[str, Any]:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what caused it, the first cause last."""
+    found: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.__cause__ or following.__context__
+    return found
+
+
+def _is_passing(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+    return isinstance(error, MemoryError) or bool(PASSING.search(str(error)))
 
 
 def _first_line(error: BaseException) -> str:

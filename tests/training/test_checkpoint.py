@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from freqkv_jax.sharding import make_mesh
-from freqkv_jax.training.checkpoint import Checkpoints, SaveError, flat
+from freqkv_jax.training.checkpoint import Checkpoints, ReadError, SaveError, flat
 
 
 def state(step, mesh=None, spec=None):
@@ -115,6 +115,50 @@ def test_all_torn(tmp_path):
         saved.restore(state(0))
     saved.close()
     assert {"2", "3"} <= set(folders(tmp_path)), "nothing is moved where nothing can be read"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("read timed out"),
+        PermissionError(13, "Permission denied"),
+        MemoryError(),
+        ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes"),
+        ValueError("NOT_FOUND: Error reading local file [OS error 5: EIO Input/output error]"),
+    ],
+)
+def test_what_may_pass_is_no_torn_checkpoint(tmp_path, monkeypatch, error):
+    """One checkpoint: taken for torn, training would begin at 0 and cut the metrics."""
+    save_steps(tmp_path, [(1, None)])
+    saved = Checkpoints(tmp_path, 2)
+
+    def restore(*_, **__):
+        raise RuntimeError("reading an array") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saved._manager, "restore", restore)
+        with pytest.raises(ReadError, match=r"step 1 in .* it is left as it is"):
+            saved.restore(state(0))
+    assert folders(tmp_path) == ["1"]
+    got, _ = saved.restore(state(0))
+    assert_is(got, 1)
+    saved.close()
+
+
+def test_other_arrays_are_no_torn_checkpoint(tmp_path, monkeypatch):
+    save_steps(tmp_path, [(1, None)])
+    saved = Checkpoints(tmp_path, 2)
+    with pytest.raises(ValueError, match="other arrays than this run needs"):
+        saved.restore(state(0) | {"more": jnp.zeros(3)})
+
+    def restore(*_, **__):  # its own words; the real one leaves reads behind that complain
+        raise ValueError("Requested shape: (5,) is not compatible with the stored shape: ().")
+
+    monkeypatch.setattr(saved._manager, "restore", restore)
+    with pytest.raises(ValueError, match="other arrays than this run needs"):
+        saved.restore(state(0))
+    saved.close()
+    assert folders(tmp_path) == ["1"]
 
 
 @contextlib.contextmanager
