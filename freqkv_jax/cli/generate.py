@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -163,6 +164,14 @@ class Voice:
     tokenizer: Any
     sampling: dict[str, Any]
 
+    @property
+    def rows(self) -> int:
+        """Rows that are read and written, all alike: one a position of a mesh's batch axes."""
+        from freqkv_jax.sharding import BATCH_AXES, mesh_of
+
+        mesh = mesh_of(self.params)
+        return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
     def speak(self, ids: Sequence[int], write: Callable[[str], None], state: Any = None) -> Spoken:
         """Reads `ids` (after what `state` has read) and continues; `write` gets text as it comes.
 
@@ -170,7 +179,10 @@ class Voice:
         """
         import freqkv_jax as fk
 
-        decoder = self.tokenizer.stream_decoder()
+        decoder, rows = self.tokenizer.stream_decoder(), self.rows
+        sampling = dict(self.sampling)
+        if rows > 1:  # a key each would let rows write on behind the end of the first
+            sampling["seed"] = [sampling["seed"]] * rows
         begin = time.monotonic()
         first: list[tuple[int, float]] = []
         pieces: list[str] = []
@@ -179,10 +191,11 @@ class Voice:
         on_progress = None
         if len(ids) > LONG_PROMPT:
             update = reading.enter_context(progress("reading", len(ids)))
-            on_progress = lambda done, total: update(done)  # noqa: E731
+            on_progress = lambda done, total: update(done // rows)  # noqa: E731
 
         def stream(row: int, new: Sequence[int]) -> None:
-            del row
+            if row:
+                return
             reading.close()
             if not first:
                 first.append((len(new), time.monotonic() - begin))
@@ -197,8 +210,8 @@ class Voice:
             lists, state = fk.generate(
                 self.model,
                 self.params,
-                [list(ids)],
-                **self.sampling,
+                [list(ids)] * rows,
+                **sampling,
                 stream=stream,
                 return_state=True,
                 state=state,

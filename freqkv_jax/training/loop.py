@@ -10,6 +10,7 @@ import numpy as np
 
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.training import distributed, monitor
+from freqkv_jax.training.base import base_sample, check_base
 from freqkv_jax.training.checkpoint import Checkpoints
 from freqkv_jax.training.data import Batches
 from freqkv_jax.training.export import export
@@ -45,7 +46,7 @@ def train(cfg: RunConfig) -> int:
         keep = cfg.checkpoint
         saved = Checkpoints(folder / CHECKPOINTS, keep.keep, keep.keep_best)
         stack.callback(saved.close)
-        state, frozen, first = start(cfg, setup, saved)
+        state, frozen, first, about = start(cfg, setup, saved)
         folder.write_config(cfg)
         record = stack.enter_context(Recorder(cfg, folder, setup, first))
         guard = monitor.LossGuard(cfg.train.spike_ratio, record.past)
@@ -61,30 +62,34 @@ def train(cfg: RunConfig) -> int:
             waited = record.waited()
             batch["limit"] = np.float32(guard.limit(step))
             state, metrics = setup.step(state, frozen, setup.maps, batch)
-            stopping = stop.asked(saved, step)
-            last = step == cfg.train.steps or stopping
-            save = last or step % cfg.checkpoint.every == 0
-            look = due(step, cfg.log.eval_every, cfg) or (save and cfg.checkpoint.keep_best)
+            last = step == cfg.train.steps
+            stopping = stop.asked(saved, step) and not last
+            save = stopping or last or step % cfg.checkpoint.every == 0
+            best = save and cfg.checkpoint.keep_best and not stopping
+            look = due(step, cfg.log.eval_every, cfg) or best
             show = due(step, cfg.log.sample_every, cfg)
             # The device works on this step while the one before is written down.
             for done in record.finished(step, metrics, waited, all_of_them=save or look or show):
                 problem = guard.problem(done["step"], done["loss"], done["finite"])
                 if problem is not None:
                     bad_loss(cfg, saved, problem)
+            if stopping:  # first of all: there may be little time
+                record.sync()
+                saved.save(step, state, about | {"step": step})
+                saved.wait()
             score = None
             if look and setup.held_out is not None:
                 measured = setup.held_out(state.trainable, frozen, setup.maps)
                 record.add({"step": step} | measured)
                 score = measured["eval_loss"]
+            if save and not stopping:
+                record.sync()
+                saved.save(step, state, about | {"step": step}, score)
             if show:
                 record.add_sample(step, sample(cfg, setup, state, frozen))
-            if save:
-                record.sync()
-                saved.save(step, state, {"step": step, "data": setup.source.fingerprint}, score)
             if save or look or show:
                 record.pause()
-            if stopping and step < cfg.train.steps:
-                saved.wait()
+            if stopping:
                 note(f"stopped after step {step}, which is saved; the same command goes on")
                 return stop.status()
         saved.wait()
@@ -98,20 +103,23 @@ def train(cfg: RunConfig) -> int:
     return 0
 
 
-def start(cfg: RunConfig, setup: Setup, saved: Checkpoints) -> tuple[Any, Any, int]:
-    """(state, frozen, steps done) from the latest whole checkpoint, or from the beginning."""
+def start(cfg: RunConfig, setup: Setup, saved: Checkpoints) -> tuple[Any, Any, int, dict[str, Any]]:
+    """(state, frozen, steps done) from the latest whole checkpoint, or from the beginning; and
+    what a checkpoint says of data and base."""
     state, frozen = first_state(cfg, setup)
+    own = {"data": setup.source.fingerprint, "base": base_sample(cfg, frozen)}
     if not saved.steps():
-        return state, frozen, 0
+        return state, frozen, 0, own
     like = abstract_of(state, setup.mesh)
     for leaf in jax.tree.leaves(state):
         leaf.delete()  # the restored arrays take their place
     restored = saved.restore(like)
     if restored is None:
         state, frozen = first_state(cfg, setup)
-        return state, frozen, 0
+        return state, frozen, 0, own
     state, about = restored
-    if about["data"] != setup.source.fingerprint:
+    check_base(cfg, about.get("base"), own["base"])
+    if about["data"] != own["data"]:
         raise ValueError(
             f"the data differ from those that {cfg.run.dir} was trained on until step"
             f" {about['step']}; put them back as they were, or choose another run.dir"
@@ -121,7 +129,7 @@ def start(cfg: RunConfig, setup: Setup, saved: Checkpoints) -> tuple[Any, Any, i
             f"{cfg.run.dir} is at step {about['step']}, beyond train.steps {cfg.train.steps}"
         )
     note(f"going on from step {about['step']}")
-    return state, frozen, about["step"]
+    return state, frozen, about["step"], own
 
 
 def due(step: int, every: int, cfg: RunConfig) -> bool:
@@ -149,4 +157,6 @@ def sample(cfg: RunConfig, setup: Setup, state: Any, frozen: Any) -> str:
     tokenizer = setup.tokenizer()
     prompt = tokenizer.encode(cfg.log.sample_prompt)
     model: Llama = setup.model
-    return monitor.sample(model, params, prompt, cfg.log.sample_tokens, tokenizer.decode)
+    # Each position of the batch axes has a row; all are the same.
+    prompts = [prompt] * (setup.mesh.shape["data"] * setup.mesh.shape["fsdp"])
+    return monitor.sample(model, params, prompts, cfg.log.sample_tokens, tokenizer.decode)

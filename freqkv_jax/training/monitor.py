@@ -144,9 +144,9 @@ class HeldOut:
 def sample(
     model: Llama,
     params: Mapping[str, Any],
-    prompt: list[int],
+    prompts: list[list[int]],
     num_tokens: int,
     decode: Callable[[list[int]], str],
 ) -> str:
-    """What the model writes behind a prompt, greedily."""
-    return decode(generate(model, params, [prompt], num_tokens)[0])
+    """What the model writes behind the first of the prompts, greedily."""
+    return decode(generate(model, params, prompts, num_tokens)[0])

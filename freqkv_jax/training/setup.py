@@ -68,6 +68,8 @@ def prepare(cfg: RunConfig, folder: RunDir) -> Setup:
     share = distributed.batch_share(mesh, cfg.train.batch_size)
     model = Llama(config, cfg.kv, cfg.model.dtype, cfg.model.attention)
     tokenizer = _tokenizer(cfg)
+    if cfg.log.sample_every:
+        tokenizer()  # where there is none, that is said now and not at the first sample
 
     def rows(split: str) -> RowSource:
         cache = None if folder.remote else Path(folder / "data")
@@ -79,7 +81,8 @@ def prepare(cfg: RunConfig, folder: RunDir) -> Setup:
     if cfg.log.eval_every:
         at_once = cfg.train.batch_size // accumulation
         at_once = min(at_once, -(-cfg.log.eval_rows // row_shards) * row_shards)
-        held_out = HeldOut(model, mesh, rows("eval"), cfg.log.eval_rows, at_once, scale)
+        looped = model.clone(scan_layers=cfg.train.scan_layers)
+        held_out = HeldOut(looped, mesh, rows("eval"), cfg.log.eval_rows, at_once, scale)
     maps = model_maps(model)
     maps = jax.device_put(maps, replicated(maps, mesh))
     step = make_train_step(cfg, model, mesh)

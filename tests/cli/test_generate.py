@@ -34,6 +34,16 @@ def test_greedy(capsys, model_folder):
     assert rounds > 0 and "40 written: " in got.err and f"{rounds} compressions" in got.err
 
 
+def test_on_a_mesh_of_rows(capsys, model_folder):
+    """Each position of data and fsdp has the prompt; one of them is written."""
+    flags = ["--model", model_folder, "--prompt", PROMPT, "--max-new-tokens", "12", *CACHE]
+    one = generate(capsys, *flags, "--ignore-eos")
+    two = generate(capsys, *flags, "--ignore-eos", "--mesh", "data=2,fsdp=2")
+    assert two.out == one.out and "12 written: " in two.err
+    sampled = generate(capsys, *flags, "--temperature", "1", "--mesh", "fsdp=2")
+    assert "written: " in sampled.err
+
+
 def test_int8_weights(capsys, model_folder):
     flags = ["--model", model_folder, "--prompt", PROMPT, "--max-new-tokens", "5", *CACHE]
     got = generate(capsys, *flags, "--ignore-eos", "--weights", "int8")

@@ -14,7 +14,8 @@ from freqkv_jax.training.metrics import read_lines
 from freqkv_jax.training.monitor import BadLossError, HeldOut, LossGuard
 from freqkv_jax.training.rundir import RunDir
 from freqkv_jax.training.step import make_train_step
-from tests.tiny import tiny_config
+from tests.model_folder import write_tokenizer
+from tests.tiny import random_params, tiny_config
 from tests.tolerances import LOGITS, SHARDED_LOSS
 from tests.training.runs import losses, raw, run
 
@@ -148,6 +149,86 @@ def test_others_wait_until_the_first_has_written_all(base, tmp_path, monkeypatch
     )
     assert run(base, tmp_path / "r", train=raw(base, tmp_path)["train"] | {"steps": 1}) == 0
     assert met == [("finished", True)]
+
+
+def test_samples(base, tmp_path):
+    """On a mesh, too; the checkpoint comes first."""
+    write_tokenizer(tmp_path)
+    held = {"train": [{"path": "train", "kind": "generated"}], "tokenizer": str(tmp_path)}
+    log = {"sample_every": 2, "sample_prompt": "ABC", "sample_tokens": 4}
+    sections = {"data": held, "train": raw(base, tmp_path)["train"] | {"steps": 2}, "log": log}
+    assert run(base, tmp_path / "one", **sections) == 0
+    assert run(base, tmp_path / "four", mesh={"data": 2, "fsdp": 2}, **sections) == 0
+    one, four = (read_lines(tmp_path / name / "samples.jsonl") for name in ("one", "four"))
+    assert [record["step"] for record in one] == [2] and len(one[0]["text"]) == 4
+    assert one == four
+
+
+def test_a_sample_without_a_tokenizer_is_refused_at_the_start(base, tmp_path):
+    log = {"sample_every": 2, "sample_prompt": "ABC"}
+    with pytest.raises((ValueError, OSError), match="tokenizer"):
+        run(base, tmp_path / "r", log=log)
+    assert not (tmp_path / "r" / "metrics.jsonl").exists()
+
+
+def test_a_failing_sample_costs_no_step(base, tmp_path, monkeypatch):
+    from freqkv_jax.training import loop
+
+    def fails(*_):
+        raise RuntimeError("no room for a sample")
+
+    monkeypatch.setattr(loop, "sample", fails)
+    write_tokenizer(tmp_path)
+    data = {"train": [{"path": "train", "kind": "generated"}], "tokenizer": str(tmp_path)}
+    log = {"sample_every": 2, "sample_prompt": "ABC"}
+    with pytest.raises(RuntimeError, match="no room"):
+        run(base, tmp_path / "r", data=data, log=log)
+    assert (tmp_path / "r" / "checkpoints" / "2").is_dir()
+
+
+def test_asked_to_stop_it_saves_before_it_measures(base, tmp_path, monkeypatch):
+    held = {"train": [{"path": "a", "kind": "generated"}]}
+    held["eval"] = [{"path": "b", "kind": "generated"}]
+    best = {"every": 2, "keep_best": True}
+    measure, seen = HeldOut.__call__, []
+
+    def spy(self, *args):
+        seen.append((tmp_path / "r" / "checkpoints" / "3").is_dir())
+        return measure(self, *args)
+
+    monkeypatch.setattr(HeldOut, "__call__", spy)
+    stop_at(monkeypatch, 3)
+    for eval_every, folder in ((3, "r"), (5, "s")):
+        log = {"eval_every": eval_every, "eval_rows": 1}
+        assert run(base, tmp_path / folder, data=held, checkpoint=best, log=log) == 0
+        steps = [r["step"] for r in read_lines(tmp_path / folder / "metrics.jsonl")]
+        assert steps == ([0, 1, 2, 2, 3, 3] if folder == "r" else [0, 1, 2, 2, 3])
+    assert seen == [False, False, True] + [True] * 2
+
+
+def test_held_out_rows_run_through_the_step_s_kind_of_layers(base, tmp_path):
+    data = {"train": [{"path": "a", "kind": "generated"}]}
+    tree = raw(base, tmp_path, log={"eval_every": 1}, data=data | {"eval": data["train"]})
+    for scan in (False, True):
+        tree["train"]["scan_layers"] = scan
+        made = setup.prepare(schema.from_dict(tree), RunDir(str(tmp_path)))
+        assert made.held_out is not None and made.held_out.model.scan_layers is scan
+
+
+@pytest.mark.parametrize("mode", ["lora", "norms"])
+def test_resume_refuses_another_base(tmp_path, mode):
+    config = tiny_config(num_layers=1, vocab_size=64)
+    model, params = fk.Llama(config, fk.FreqKVConfig(16)), random_params(config)
+    fk.save_pretrained(model, params, tmp_path / "base")
+    steps = raw("", "")["train"] | {"mode": mode, "steps": 1}
+    assert run(tmp_path / "base", tmp_path / "r", train=steps) == 0
+    kernel = params["layers_0"]["mlp"]["up"]["kernel"]
+    params["layers_0"]["mlp"]["up"]["kernel"] = kernel * np.float32(1.01)
+    fk.save_pretrained(model, params, tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"base holds another base .* its weights differ by 0\.\d%"
+    ):
+        run(tmp_path / "base", tmp_path / "r", train=steps | {"steps": 2})
 
 
 def test_resume_refuses_another_config(calm, base):
