@@ -11,9 +11,18 @@ from freqkv_jax.training.trainable import merge
 
 
 def export(cfg: RunConfig, folder: RunDir, setup: Setup, state: Any, frozen: Any) -> None:
-    """Writes run.dir/export (merged weights) and, in mode lora, run.dir/adapter. Raises OSError."""
+    """Writes run.dir/export (merged weights) and, in mode lora, run.dir/adapter. Raises OSError.
+
+    The adapter of a run that began with `model.adapter` belongs to a base that nobody has: the
+    model with that one merged. None is written.
+    """
     trainable = state.trainable
-    if cfg.train.mode == "lora":
+    if cfg.train.mode == "lora" and cfg.model.adapter is not None:
+        note(
+            f"no {ADAPTER}/: the new adapter fits {cfg.model.path} with {cfg.model.adapter} merged"
+            f" into it, not {cfg.model.path} alone; {EXPORT}/ holds both, merged"
+        )
+    elif cfg.train.mode == "lora":
         from freqkv_jax.weights.peft import save_adapter
 
         base = None if is_shape(cfg.model.path) else cfg.model.path

@@ -151,6 +151,16 @@ def test_others_wait_until_the_first_has_written_all(base, tmp_path, monkeypatch
     assert met == [("finished", True)]
 
 
+def test_no_adapter_of_a_merged_base(base, calm, tmp_path, capsys):
+    """The first one is part of the base by then; only the merged model can be used."""
+    folder, sections = calm
+    adapter = {"path": str(base), "dtype": "float32", "adapter": str(folder / "adapter")}
+    steps = sections["train"] | {"steps": 1}
+    assert run(base, tmp_path / "r", model=adapter, train=steps) == 0
+    assert "no adapter/" in capsys.readouterr().err
+    assert (tmp_path / "r" / "export").is_dir() and not (tmp_path / "r" / "adapter").exists()
+
+
 def test_samples(base, tmp_path):
     """On a mesh, too; the checkpoint comes first."""
     write_tokenizer(tmp_path)
