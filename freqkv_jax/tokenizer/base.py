@@ -17,6 +17,10 @@ NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_t
 OWN_KEY = "freqkv_jax"  # in tokenizer_config.json; transformers ignores it
 
 
+class NoTokenizerError(ValueError):
+    """There is no tokenizer, or none of a kind that is read here."""
+
+
 class Tokenizer:
     """Text to token ids and back.
 

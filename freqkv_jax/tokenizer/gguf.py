@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from freqkv_jax.sources import gguf_value, open_gguf
-from freqkv_jax.tokenizer.base import Tokenizer, add_start_and_end
+from freqkv_jax.tokenizer.base import NoTokenizerError, Tokenizer, add_start_and_end
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MODELS = ("gpt2", "llama")
@@ -59,6 +59,9 @@ class _Fields:
     def error(self, what: str) -> ValueError:
         return ValueError(f"{self.path}: {what}")
 
+    def lacking(self, what: str) -> NoTokenizerError:
+        return NoTokenizerError(f"{self.path}: {what}")
+
 
 def from_gguf(path: Path) -> Tokenizer:
     """Builds the tokenizer from a GGUF file's metadata.
@@ -71,7 +74,7 @@ def from_gguf(path: Path) -> Tokenizer:
     model = fields.get("model")
     if model not in MODELS:
         what = "no tokenizer (tokenizer.ggml.model)" if model is None else f"tokenizer {model!r}"
-        raise fields.error(
+        raise fields.lacking(
             f"{what}; supported: {', '.join(MODELS)}. Load a Hugging Face directory of the model,"
             " whose tokenizer.json can be of any type"
         )
@@ -104,7 +107,7 @@ def _vocabulary(fields: _Fields) -> tuple[list[str], list[int]]:
     """Texts and types of all tokens, by id."""
     tokens = fields.get("tokens")
     if not tokens:
-        raise fields.error("no vocabulary (tokenizer.ggml.tokens); convert the model again")
+        raise fields.lacking("no vocabulary (tokenizer.ggml.tokens); convert the model again")
     types = fields.get("token_type") or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise fields.error(f"{len(tokens)} tokens but {len(types)} token types; convert it again")
@@ -153,7 +156,7 @@ def _byte_level(fields: _Fields, tokens: Sequence[str]) -> tuple[Any, bool]:
         )
         pre = "default"
     if pre not in PRE:
-        raise fields.error(
+        raise fields.lacking(
             f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join(PRE)}. Load a Hugging Face"
             " directory of the model, whose tokenizer.json can be of any type"
         )

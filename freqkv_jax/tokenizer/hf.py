@@ -5,7 +5,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from freqkv_jax.tokenizer.base import NAMES, OWN_KEY, Tokenizer, add_start_and_end
+from freqkv_jax.tokenizer.base import (
+    NAMES,
+    OWN_KEY,
+    NoTokenizerError,
+    Tokenizer,
+    add_start_and_end,
+)
 
 # Other forms of a tokenizer, which transformers can turn into tokenizer.json.
 OTHER_FORMS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
@@ -49,7 +55,7 @@ def _backend(folder: Path) -> Any:
     if not path.is_file():
         other = [name for name in OTHER_FORMS if (folder / name).is_file()]
         if other:
-            raise ValueError(
+            raise NoTokenizerError(
                 f"{folder} has its tokenizer as {' and '.join(other)} only, and tokenizer.json is"
                 ' needed; make it with: python -c "from transformers import AutoTokenizer;'
                 f" AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""

@@ -5,6 +5,7 @@ seed and the step.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from freqkv_jax.tokenizer.base import NoTokenizerError
 from freqkv_jax.training.documents import (
     encode_records,
     tokenizer_sha256,
@@ -53,8 +55,8 @@ def open_data(
       section: schema.DataSection.
       seq_len: tokens a row.
       vocab_size: the model's; every id is checked against it.
-      tokenizer: a Tokenizer, a function without arguments that gives one (called only if text has
-        to be read), or None.
+      tokenizer: a Tokenizer, a function without arguments that gives one (called if text or a
+        token folder has to be read; a folder does without), or None.
       seed: of generated data.
       split: "train" or "eval", which list of the section.
       cache_dir: local folder where tokenised text is kept; None keeps it in memory.
@@ -109,7 +111,10 @@ class _Reader:
         path = path_of(text)
         if not path.is_dir() or not is_token_folder(path):
             return open_flat(source_files(text, "tokens"), self._vocab_size)
-        # Only a tokenizer that is at hand is compared: token files need none.
+        # Token files need no tokenizer; where there is one, it is compared.
+        if self._tokenizer is not None and _is_function(self._tokenizer):
+            with contextlib.suppress(NoTokenizerError, FileNotFoundError):
+                self._tokenizer = self._tokenizer()
         known = self._tokenizer is not None and not _is_function(self._tokenizer)
         vocabulary = vocabulary_sha256(self._tokenizer) if known else None
         return open_folder(path, self._vocab_size, vocabulary)

@@ -12,6 +12,8 @@ from freqkv_jax.training.store import is_token_folder
 
 KINDS = ("auto", "text", "jsonl", "tokens", "hf", "tfds", "chat", "alpaca", "generated")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
+_RECORDS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
+_ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|changelog|citation|authors)\b.*", re.I)
 _MESSAGES = ("messages", "conversations", "conversation")
 
 
@@ -49,15 +51,13 @@ def find_kind(text: str) -> str:
             return "tokens"
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return "hf"
-        first = next(iter(files_below(path)), None)
-        if first is None:
-            raise ValueError(f"data folder {text} is empty; put text or record files into it")
+        first = _deciding(text, files_below(path))
     else:
         first = path
     kind = ending(first)
     if kind == ".bin":
         return "tokens"
-    if kind not in (".jsonl", ".ndjson", ".json", ".parquet", ".arrow"):
+    if kind not in _RECORDS:
         return "text"
     record = next(read_records(text, "jsonl"), None)
     if record is not None and any(name in record.fields for name in _MESSAGES):
@@ -65,6 +65,24 @@ def find_kind(text: str) -> str:
     if record is not None and "instruction" in record.fields and "output" in record.fields:
         return "alpaca"
     return "jsonl"
+
+
+def _deciding(text: str, files: list[Any]) -> Any:
+    """The file of a folder that says what the folder is; records count, a README beside them not.
+
+    Raises ValueError for an empty folder, and for one of records and texts.
+    """
+    if not files:
+        raise ValueError(f"data folder {text} is empty; put text or record files into it")
+    records = [file for file in files if ending(file) in _RECORDS]
+    others = [f for f in files if ending(f) not in _RECORDS and not _ABOUT.fullmatch(f.name)]
+    if records and others:
+        raise ValueError(
+            f"data folder {text} holds records ({records[0].name}) and other files"
+            f" ({others[0].name}); say which to read with kind: (in the config, --kind on the"
+            " command line) text or jsonl, or move one sort elsewhere"
+        )
+    return (records or others or files)[0]
 
 
 def source_files(text: str, kind: str) -> list[Any]:
@@ -87,8 +105,7 @@ def source_files(text: str, kind: str) -> list[Any]:
     if kind == "tokens":
         files = [file for file in files if file.suffix == ".bin"]
     elif kind in ("jsonl", "chat", "alpaca", "hf"):
-        allowed = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
-        files = [file for file in files if ending(file) in allowed]
+        files = [file for file in files if ending(file) in _RECORDS]
     if not files:
         raise ValueError(f"data folder {text} has no file of kind {kind}; name another kind")
     return files

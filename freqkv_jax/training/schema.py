@@ -19,7 +19,8 @@ from freqkv_jax.training.yaml_file import read_config
 RECORDED = "environment"
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 DATA_KINDS = ("auto", "text", "jsonl", "tokens", "hf", "tfds", "chat", "alpaca", "generated")
-ANSWER_KINDS = ("auto", "chat", "alpaca")
+# Token files may hold answers; those that do not are refused when they are opened.
+ANSWER_KINDS = ("auto", "chat", "alpaca", "tokens")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class TrainSection(Section):
       scan_layers: the layers are a loop in the program: it compiles as fast as one layer, and
         holds a second copy of their weights.
       on_bad_loss: what to do when the loss is not finite, or is `spike_ratio` times its recent
-        mean (None: spikes are let be).
+        median (None: spikes are let be).
     """
 
     steps: int = allowed(low=1)

@@ -17,6 +17,7 @@ from freqkv_jax.model.llama import maps as model_maps
 from freqkv_jax.model.params import init_params
 from freqkv_jax.sharding import check_mesh, replicated
 from freqkv_jax.tokenizer import load_tokenizer
+from freqkv_jax.tokenizer.base import NoTokenizerError
 from freqkv_jax.training import distributed
 from freqkv_jax.training.data import open_data
 from freqkv_jax.training.monitor import HeldOut
@@ -127,7 +128,7 @@ def _tokenizer(cfg: RunConfig) -> Callable[[], Any]:
         if not found:
             path = cfg.data.tokenizer or cfg.model.path
             if cfg.data.tokenizer is None and is_shape(path):
-                raise ValueError(
+                raise NoTokenizerError(
                     f"model.path {path!r} is a shape without a tokenizer; name one in"
                     " data.tokenizer (a directory, hub id or .gguf file)"
                 )

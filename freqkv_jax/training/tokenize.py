@@ -142,8 +142,8 @@ def _missing(
                     f"{folder} holds shards of other data or of another tokenizer or setting"
                     f" ({path.name} differs); name a new folder, or --force to replace them"
                 )
-            # From here on the folder is not finished, until the index is written anew.
-            (folder / INDEX).unlink(missing_ok=True)
+        # From here on the folder is not finished, until the index is written anew.
+        (folder / INDEX).unlink(missing_ok=True)
         yield batch
 
 

@@ -247,6 +247,53 @@ def test_a_token_folder_where_paths_are_of_etils(tmp_path, tokenizer):
         assert (there / shard.name).read_bytes() == shard.read_bytes()
 
 
+def test_a_folder_of_records_with_a_readme(tmp_path, tokenizer):
+    (tmp_path / "README.md").write_text("what the records are")
+    (tmp_path / "LICENSE").write_text("free")
+    write_lines(tmp_path / "z.jsonl", [{"text": "one"}])
+    assert stream(opened(tmp_path, tokenizer), tokenizer) == f"one{END}"
+    (tmp_path / "book.txt").write_text("a book")
+    with pytest.raises(
+        ValueError, match=r"records \(z\.jsonl\) and other files \(book\.txt\).*kind:"
+    ):
+        opened(tmp_path, tokenizer)
+    assert stream(opened(tmp_path, tokenizer, kind="jsonl"), tokenizer) == f"one{END}"
+    for name in ("z.jsonl", "book.txt"):
+        (tmp_path / name).unlink()
+    assert stream(opened(tmp_path, tokenizer), tokenizer).startswith("free")
+
+
+def test_tokens_of_another_tokenizer(tmp_path, tokenizer):
+    """A run gives a function, which may find no tokenizer: token files need none."""
+    (tmp_path / "a.txt").write_text("some text that is long enough\n")
+    folder = tmp_path / "out"
+    write_folder(Job(((str(tmp_path / "a.txt"), "text"),)), folder, tokenizer, "tok")
+    (tmp_path / "other").mkdir()
+    write_tokenizer(tmp_path / "other")
+    other = load_tokenizer(tmp_path / "other")
+    other.backend.add_tokens(["more"])
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        opened(folder, lambda: other)
+    (tmp_path / "other" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="truncated"):
+        opened(folder, lambda: load_tokenizer(tmp_path / "other"))
+    (tmp_path / "other" / "tokenizer.json").unlink()
+    assert opened(folder, lambda: load_tokenizer(tmp_path / "other")).num_rows
+    (tmp_path / "other" / "tokenizer.model").touch()
+    assert opened(folder, lambda: load_tokenizer(tmp_path / "other")).num_rows
+
+
+def test_an_extended_folder_that_breaks_off_is_not_finished(tmp_path, tokenizer):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": f"number {i}"} for i in range(3)])
+    job = Job(((str(file), "jsonl"),), shard_chars=20)
+    write_folder(job, tmp_path / "out", tokenizer, "tok")
+    write_lines(file, [*({"text": f"number {i}"} for i in range(5)), {"no": "text"}])
+    with pytest.raises(ValueError, match="no field 'text'"):
+        write_folder(job, tmp_path / "out", tokenizer, "tok")
+    with pytest.raises(ValueError, match="is not finished"):
+        opened(tmp_path / "out", tokenizer)
+
+
 def test_token_folder(tmp_path, tokenizer, monkeypatch):
     records = [{"text": f"text number {i} " * (i + 1)} for i in range(12)]
     file = write_lines(tmp_path / "a.jsonl", records)

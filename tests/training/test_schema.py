@@ -123,6 +123,10 @@ def test_refused(file, change, message):
         schema.load(file, [change])
 
 
+def test_token_files_may_hold_answers(file):
+    schema.load(file, ["data.answers_only=true", "data.train=[{path: x, kind: tokens}]"])
+
+
 def test_missing_keys(tmp_path):
     path = tmp_path / "empty.yaml"
     path.write_text("")
