@@ -3,6 +3,7 @@
 import json
 import operator
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,10 @@ from freqkv_jax.tokenizer.pieces import Stream, text_decoder
 
 # The special tokens that have a name, in transformers' words.
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# In the JSON of a normalizer or pre-tokenizer: what puts a space before a text.
+_ADDS_SPACE = (
+    rb'"type":\s*"Prepend"|"prepend_scheme":\s*"(always|first)"|"add_prefix_space":\s*true'
+)
 OWN_KEY = "freqkv_jax"  # in tokenizer_config.json; transformers ignores it
 
 
@@ -88,10 +93,29 @@ class Tokenizer:
         Raises:
           ValueError: not a str, or a str with half a surrogate pair, which is no Unicode text.
         """
+        return self._encoding(text, add_special_tokens).ids
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text`, and of each the characters (first, last and one) that it stands for.
+
+        Raises ValueError as `encode`.
+        """
+        encoding = self._encoding(text, False)
+        return encoding.ids, encoding.offsets
+
+    @cached_property
+    def adds_space(self) -> bool:
+        """Whether a text is encoded as if a space stood before it, as in SentencePiece: its parts,
+        encoded apart, then have spaces that the whole does not have."""
+        parts = (self.backend.normalizer, self.backend.pre_tokenizer)
+        about = b" ".join(part.__getstate__() for part in parts if part is not None)
+        return bool(re.search(_ADDS_SPACE, about))
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, got {type(text).__name__}")
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:
             place = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
             if place is None:

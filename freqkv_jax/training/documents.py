@@ -132,8 +132,7 @@ def _chat(record: Record, tokenizer: Encoder, answers: bool) -> tuple[list[int],
         whole = tokenizer.render_chat(messages, False)
         if not answers:
             return tokenizer.encode(whole), []
-        ids: list[int] = []
-        flags: list[bool] = []
+        parts: list[tuple[str, bool]] = []
         done = ""
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -145,18 +144,32 @@ def _chat(record: Record, tokenizer: Encoder, answers: bool) -> tuple[list[int],
                     "the chat template rewrites what came before an answer, so answers cannot be"
                     " told from prompts; set data.answers_only to false, or split the record"
                 )
-            # Encoded apart, as a model meets them: it reads the prompt, then writes the answer.
-            for part, is_answer in (
-                (prompt[len(done) :], False),
-                (answered[len(prompt) :], True),
-            ):
-                new = tokenizer.encode(part)
-                ids += new
-                flags += [is_answer] * len(new)
+            parts += [(prompt[len(done) :], False), (answered[len(prompt) :], True)]
             done = answered
-        return ids, flags
+        return _encoded_parts(parts, tokenizer)
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from None
+
+
+def _encoded_parts(
+    parts: list[tuple[str, bool]], tokenizer: Encoder
+) -> tuple[list[int], list[bool]]:
+    """Ids of prompts and answers, and which are of answers."""
+    ids: list[int] = []
+    flags: list[bool] = []
+    if not getattr(tokenizer, "adds_space", False):
+        # Encoded apart, as a model meets them: it reads the prompt, then writes the answer.
+        for part, is_answer in parts:
+            new = tokenizer.encode(part)
+            ids += new
+            flags += [is_answer] * len(new)
+        return ids, flags
+    # Apart, each answer would begin with a space that the template has not, or has already.
+    ids, spans = tokenizer.encode_with_spans("".join(part for part, _ in parts))  # type: ignore
+    ends = np.cumsum([len(part) for part, _ in parts])
+    # The part in which a token's last character stands.
+    place = np.searchsorted(ends, [stop for _, stop in spans])
+    return ids, [parts[min(number, len(parts) - 1)][1] for number in place]
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:

@@ -8,11 +8,14 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from freqkv_jax.tokenizer import load_tokenizer
+from freqkv_jax.tokenizer import Tokenizer, load_tokenizer
 from freqkv_jax.training import data
 from freqkv_jax.training.data import Batches, open_data
-from freqkv_jax.training.documents import ALPACA, vocabulary_sha256
+from freqkv_jax.training.documents import ALPACA, encode_records, vocabulary_sha256
+from freqkv_jax.training.records import Record
 from freqkv_jax.training.store import open_folder
 from freqkv_jax.training.tokenize import Job, write_folder
 from tests.model_folder import VOCAB_SIZE, write_tokenizer
@@ -133,6 +136,58 @@ def test_alpaca(tmp_path, tokenizer):
     file.write_text(json.dumps([records[0], {"instruction": "I"}]))
     with pytest.raises(ValueError, match=r"a\.json, record 2: no field 'output'"):
         opened(file, tokenizer, kind="alpaca")
+
+
+def chat_tokenizer(vocab, merges, template, **parts):
+    backend = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, merges))
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}, chat_template=template)
+
+
+CHAT = Record(
+    {
+        "messages": [
+            {"role": role, "content": text}
+            for role, text in (("user", "hi"), ("assistant", "oh"), ("user", "no"),
+                               ("assistant", "ah so"))
+        ]
+    },
+    "here",
+)  # fmt: skip
+# As Llama 2: the template writes the space before an answer itself.
+SPACED = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
+)
+
+
+def test_answers_of_a_tokenizer_that_puts_a_space_before_a_text():
+    letters = ["▁", *"[]/INSThionas", "▁o", "▁a"]
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer = chat_tokenizer(
+        letters, [("▁", "o"), ("▁", "a")], SPACED, normalizer=normalizers.Sequence(spaces)
+    )
+    assert tokenizer.adds_space
+    ((ids, flags),) = encode_records([CHAT], "chat", "", tokenizer, True)
+    assert ids.tolist() == tokenizer.encode(tokenizer.render_chat(CHAT.fields["messages"], False))
+    names = [tokenizer.backend.id_to_token(int(token)) for token in ids[flags]]
+    assert names == ["▁o", "h", "▁", "</s>", "▁a", "h", "▁", "s", "o", "▁", "</s>"]
+
+
+def test_answers_of_a_byte_level_tokenizer_are_encoded_apart():
+    """As a model meets them: a token that joins prompt and answer is never what it writes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    apart = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = chat_tokenizer(
+        [*letters, "]Ġ"], [("]", "Ġ")], SPACED, pre_tokenizer=apart, decoder=decoders.ByteLevel()
+    )
+    assert not tokenizer.adds_space
+    ((ids, flags),) = encode_records([CHAT], "chat", "", tokenizer, True)
+    whole = tokenizer.render_chat(CHAT.fields["messages"], False)
+    assert tokenizer.decode(ids) == whole and ids.tolist() != tokenizer.encode(whole)
+    assert tokenizer.decode(ids[flags]) == " oh </s> ah so </s>"
 
 
 def test_parquet(tmp_path, tokenizer):
