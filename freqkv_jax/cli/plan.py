@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from freqkv_jax.cli.common import add_config_arguments, size_text
+from freqkv_jax.cli.common import add_config_arguments, note, size_text
 
 DESCRIPTION = """\
 Reckons from a config's shapes what each device must hold during training: weights, moments,
@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     if hbm is None:
         hbm = _memory_here()
     made = plan.make_plan(cfg, config, num_devices)
+    if remark := plan.stand_in(cfg):
+        note(remark)
     print("\n".join(_table(cfg, made)))
     if hbm is None:
         print("\nGive --hbm (GiB a device) to see whether it fits.")

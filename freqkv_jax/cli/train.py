@@ -77,7 +77,7 @@ def compile_only(args: argparse.Namespace, cfg: Any) -> int:
     from freqkv_jax.cli import compile as printed
     from freqkv_jax.evals import result
     from freqkv_jax.sharding import make_mesh
-    from freqkv_jax.training.plan import planned_config
+    from freqkv_jax.training.plan import planned_config, stand_in
 
     target = compile_check.Target.parse(args.compile_only)
     if args.json:
@@ -90,6 +90,8 @@ def compile_only(args: argparse.Namespace, cfg: Any) -> int:
     chip = compile_check.device_chip(target, devices)
     data, fsdp, tensor = cfg.mesh.sizes(len(devices))
     mesh = make_mesh(data, fsdp, tensor, devices)
+    if remark := stand_in(cfg):
+        note(remark)
     note(f"compiling for {len(devices)} devices of {args.compile_only}; large models take minutes")
     begin = time.monotonic()
     config = printed.first_layers(planned_config(cfg), args.layers)

@@ -56,10 +56,10 @@ def train(cfg: RunConfig) -> int:
             record.add({"step": 0} | setup.held_out(state.trainable, frozen, setup.maps))
 
         for step in range(first + 1, cfg.train.steps + 1):
-            record.begin()
+            record.clock.begin()
             rows = batches.at(step - 1)
             batch = distributed.global_batch(setup.mesh, rows, cfg.train.batch_size)
-            waited = record.waited()
+            waited = record.clock.got()
             batch["limit"] = np.float32(guard.limit(step))
             state, metrics = setup.step(state, frozen, setup.maps, batch)
             last = step == cfg.train.steps
@@ -97,7 +97,7 @@ def train(cfg: RunConfig) -> int:
         folder.write(FINISHED, json.dumps({"step": cfg.train.steps}) + "\n")
         # jax's own barrier at the end gives up after 5 minutes; an upload may take longer.
         distributed.barrier("finished")
-        share = record.wait_share
+        share = record.clock.wait_share
         waited = "" if share is None else f"; {share:.2%} of the steps' time was waiting for data"
         note(f"done: {cfg.train.steps} steps in {folder.path}{waited}")
     return 0

@@ -1,6 +1,7 @@
 """What a run writes down while it trains: metrics.jsonl, TensorBoard, W&B, a progress line."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import math
@@ -18,7 +19,7 @@ from freqkv_jax.files import write_text
 
 STEP_KEYS = (
     "step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "memory_bytes",
-    "data_wait_seconds",
+    "data_wait_seconds", "finite",
 )  # fmt: skip
 # Dense bfloat16 FLOP/s of one device as jax counts devices, by its kind: the makers' data sheets.
 PEAK_FLOPS = (
@@ -189,17 +190,22 @@ def _tag(name: str) -> str:
 class Wandb:
     """A Weights & Biases run that goes on after a restart; off unless asked for."""
 
-    def __init__(self, name: str | None, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | None, config: Mapping[str, Any]) -> None:
+        """Args: folder: of the run: its last name is shown, the whole path tells runs apart."""
         self._run: Any = None
-        if name is None:
+        if folder is None:
             return
         try:
             import wandb  # type: ignore[import-not-found]
         except ImportError as error:
             raise ImportError("log.wandb needs wandb: pip install wandb") from error
-        key = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
+        name = folder.rstrip("/").rpartition("/")[2]
         self._run = wandb.init(
-            project="freqkv_jax", id=key, name=name, config=dict(config), resume="allow"
+            project="freqkv_jax",
+            id=wandb_id(folder),
+            name=name,
+            config=dict(config),
+            resume="allow",
         )
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -211,6 +217,13 @@ class Wandb:
         """Ends the upload."""
         if self._run is not None:
             self._run.finish()
+
+
+def wandb_id(folder: str) -> str:
+    """The run's id: its folder's name, and a digest of the path, for names repeat."""
+    path = folder.rstrip("/")
+    key = re.sub(r"[^A-Za-z0-9_-]+", "-", path.rpartition("/")[2]).strip("-")
+    return f"{key}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 class Progress:

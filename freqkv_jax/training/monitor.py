@@ -37,7 +37,7 @@ class LossGuard:
         self._losses: deque[tuple[int, float]] = deque(maxlen=HISTORY + 1)
         for record in records:
             if record.get("loss") is not None:
-                self.problem(record["step"], record["loss"])
+                self.problem(record["step"], record["loss"], record.get("finite", True))
 
     def limit(self, step: int) -> float:
         """A loss of `step` above it is a spike; infinity where none is called yet.

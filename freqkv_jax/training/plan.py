@@ -51,11 +51,25 @@ class Plan:
 
 def planned_config(cfg: RunConfig) -> LlamaConfig:
     """The model's sizes: of a local model, of `model.shape` for what is not here, else fetched."""
-    path = cfg.model.path
-    local = Path(path).expanduser().exists() or is_shape(path)
-    if cfg.model.shape is not None and not local:
+    if cfg.model.shape is not None and not planned_path_is_here(cfg):
         return shape_named(cfg.model.shape)
-    return read_model_config(path)
+    return read_model_config(cfg.model.path)
+
+
+def planned_path_is_here(cfg: RunConfig) -> bool:
+    """Whether `model.path` tells the sizes without being fetched."""
+    return Path(cfg.model.path).expanduser().exists() or is_shape(cfg.model.path)
+
+
+def stand_in(cfg: RunConfig) -> str | None:
+    """A remark where the sizes are those of `model.shape`, whatever `model.path` names."""
+    if cfg.model.shape is None or planned_path_is_here(cfg):
+        return None
+    return (
+        f"warning: the sizes are those of model.shape {cfg.model.shape}; model.path"
+        f" {cfg.model.path} is not here and was not looked at. If it is another model, --set"
+        " model.shape=null, or the name of its shape"
+    )
 
 
 def make_plan(cfg: RunConfig, config: LlamaConfig, num_devices: int) -> Plan:

@@ -15,6 +15,58 @@ from freqkv_jax.training.step import flops_per_step
 DRAW_EVERY_S = 300.0
 
 
+class Clock:
+    """What steps took, and how much of that this host waited for data.
+
+    A step is counted from the end of the one before it, or behind a pause from its own begin; of
+    the waits those count that lie in between, whichever step they were for.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.waited = 0.0  # over the steps that are counted
+        self._wait = 0.0  # all waits so far
+        self._begun = self._mark()
+        self._last: tuple[float, float] | None = None  # the end of the last step
+
+    def _mark(self) -> tuple[float, float]:
+        return time.monotonic(), self._wait
+
+    def begin(self) -> None:
+        """A step's batch is asked for."""
+        self._begun = self._mark()
+
+    def got(self) -> float:
+        """The batch is there; returns the seconds since `begin`. Once a step."""
+        waited = time.monotonic() - self._begun[0]
+        self._wait += waited
+        return waited
+
+    def sent(self) -> tuple[float, float]:
+        """The step was sent off: what `done` is to be given."""
+        return self._begun
+
+    def done(self, begun: tuple[float, float], known: bool) -> float | None:
+        """The step is done; its seconds, None where these are not `known`, so do not count."""
+        start, now = self._last or begun, self._mark()
+        self._last = now
+        if not known:
+            return None
+        seconds = max(now[0] - start[0], 1e-9)
+        self.seconds += seconds
+        self.waited += now[1] - start[1]
+        return seconds
+
+    def pause(self) -> None:
+        """Something else than steps took time."""
+        self._last = None
+
+    @property
+    def wait_share(self) -> float | None:
+        """Share of the steps' time in which this host waited for data (the device at most so
+        long: it works meanwhile on the step before); None before a second step."""
+        return self.waited / self.seconds if self.seconds else None
+
+
 class Recorder:
     """Takes each step's figures to metrics.jsonl, TensorBoard, W&B, curves.png and the terminal.
 
@@ -35,16 +87,17 @@ class Recorder:
         self.board = TensorBoard(
             str(folder / EVENTS) if cfg.log.tensorboard and local else None, first
         )
-        self.wandb = Wandb(folder.path.name if cfg.log.wandb and lead else None, to_dict(cfg))
+        if cfg.log.tensorboard and folder.remote:
+            note(f"no {EVENTS}/: it is written to local folders only; {METRICS} has the figures")
+        self.wandb = Wandb(str(folder.path) if cfg.log.wandb and lead else None, to_dict(cfg))
         self.progress = Progress(cfg.train.steps, first, cfg.log.every, lead)
         self.tokens = cfg.train.batch_size * cfg.train.seq_len
         peak = metrics.peak_flops(setup.mesh.devices.flat[0])
         self.peak_flops = None if peak is None else peak * setup.mesh.size
         self.flops = flops_per_step(cfg, setup.model)
-        self._pending: list[tuple[int, Any, float]] = []
-        self._clock: float | None = None  # when the last step ended; None: behind a pause
-        self._begun = self._drawn = time.monotonic()
-        self._waited = self._stepped = 0.0  # seconds, over the steps whose time is known
+        self._pending: list[tuple[int, Any, float, tuple[float, float]]] = []
+        self.clock = Clock()
+        self._drawn = time.monotonic()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -56,40 +109,29 @@ class Recorder:
             if log is not None:
                 log.close()
 
-    def begin(self) -> None:
-        """A step begins: its batch is asked for."""
-        self._begun = time.monotonic()
-
-    def waited(self) -> float:
-        """Seconds since `begin`: how long the batch took to come."""
-        return time.monotonic() - self._begun
-
     def finished(
         self, step: int, got: Any, waited: float, all_of_them: bool
     ) -> list[dict[str, Any]]:
         """Notes that `step` was sent off; returns the records of steps that are done, written.
 
-        Each has a `finite` beside what is in metrics.jsonl. `all_of_them`: this step's, too.
+        `all_of_them`: this step's, too.
         """
-        self._pending.append((step, got, waited))
+        self._pending.append((step, got, waited, self.clock.sent()))
         records = []
         while len(self._pending) > (0 if all_of_them else 1):
             # The first step compiles. One that is waited for right behind another was at work
             # long before that one was read here. Neither's time is known.
-            done, its, wait = self._pending.pop(0)
+            done, its, wait, begun = self._pending.pop(0)
             known = done > self.progress.first + 1 and not (all_of_them and records)
-            records.append(self._write(done, its, wait, known))
+            loss = float(its["loss"])  # waits for the device
+            records.append(self._write(done, loss, its, wait, self.clock.done(begun, known)))
         return records
 
-    def _write(self, step: int, got: Any, waited: float, known: bool) -> dict[str, Any]:
-        loss = float(got["loss"])  # waits for the device
-        now = time.monotonic()
-        start = self._clock if self._clock is not None else self._begun
-        seconds = max(now - start, 1e-9) if known else None
-        self._clock = now
+    def _write(
+        self, step: int, loss: float, got: Any, waited: float, seconds: float | None
+    ) -> dict[str, Any]:
         speed = mfu = None
         if seconds is not None:
-            self._waited, self._stepped = self._waited + waited, self._stepped + seconds
             speed = round(self.tokens / seconds, 1)
             mfu = self.flops / (seconds * self.peak_flops) if self.peak_flops else None
         values = (
@@ -101,6 +143,7 @@ class Recorder:
             mfu,
             metrics.memory_bytes(),
             round(waited, 6),
+            bool(got["finite"]),
         )
         record: dict[str, Any] = dict(zip(STEP_KEYS, values, strict=True))
         self.lines.append(record)
@@ -108,17 +151,11 @@ class Recorder:
             self.board.scalars(step, record)
             self.wandb.scalars(step, record)
         self.progress.update(record)
-        return record | {"finite": bool(got["finite"])}
-
-    @property
-    def wait_share(self) -> float | None:
-        """Share of the steps' time in which this host waited for data (the device at most so
-        long: it works meanwhile on the step before); None before a second step."""
-        return self._waited / self._stepped if self._stepped else None
+        return record
 
     def pause(self) -> None:
-        """Something else than steps took time: the next step's begins with its `begin`."""
-        self._clock = None
+        """Something else than steps took time: the next step's begins with its batch."""
+        self.clock.pause()
         if time.monotonic() - self._drawn > DRAW_EVERY_S:
             self._draw()
 

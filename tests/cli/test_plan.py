@@ -20,6 +20,13 @@ def test_it_fits(capsys):
     assert "of 16.0 GiB" in out and out.endswith("It fits.\n")
 
 
+def test_a_shape_that_stands_in_is_told(capsys):
+    """The packaged config names the shape of its own model; another path may be another model."""
+    args = ["--config", "llama2_7b_8k", "--devices", "8", "--set", "model.path=org/other"]
+    assert "model.shape llama2-7b; model.path org/other is not here" in plan(capsys, *args).err
+    assert not plan(capsys, *args, "model.path=llama2-7b").err
+
+
 def test_it_does_not_fit(capsys):
     args = ["--config", "llama2_7b_8k", "--devices", "1", "--hbm", "16"]
     out = plan(capsys, *args, "--set", "train.micro_batch=2", "train.remat=dots", status=1).out

@@ -70,6 +70,7 @@ def test_a_run_writes_what_it_should(calm, base):
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
     keys = "step loss grad_norm learning_rate tokens_per_second mfu memory_bytes data_wait_seconds"
+    keys += " finite"
     assert all(list(r) == keys.split() for r in steps)
     assert steps[-1]["loss"] < steps[0]["loss"]
     # The first compiles; 2 and 6 are saved, and waited for right behind the step before them.
@@ -159,6 +160,22 @@ def test_no_adapter_of_a_merged_base(base, calm, tmp_path, capsys):
     assert run(base, tmp_path / "r", model=adapter, train=steps) == 0
     assert "no adapter/" in capsys.readouterr().err
     assert (tmp_path / "r" / "export").is_dir() and not (tmp_path / "r" / "adapter").exists()
+
+
+def test_a_remote_folder_has_no_tensorboard_and_says_so(base, tmp_path, monkeypatch, capsys):
+    from freqkv_jax.training import loop
+
+    class Remote(RunDir):
+        def __init__(self, path):
+            super().__init__(path)
+            self.remote = True
+
+    monkeypatch.setattr(loop, "RunDir", Remote)
+    steps = raw(base, tmp_path)["train"] | {"steps": 1}
+    assert run(base, tmp_path / "r", train=steps, log={"tensorboard": True}) == 0
+    assert "no tensorboard/: " in capsys.readouterr().err
+    assert not (tmp_path / "r" / "tensorboard").exists()
+    assert (tmp_path / "r" / "export" / "model.safetensors").exists()
 
 
 def test_samples(base, tmp_path):
@@ -285,15 +302,17 @@ def test_a_bad_loss(base, tmp_path, what, monkeypatch):
 def test_guard_looks_back_the_same_after_a_resume():
     values = [*np.linspace(3.0, 2.0, 20), 9.0, 2.0, float("nan"), 2.1, 2.0]
     records = [{"step": s, "loss": None if np.isnan(v) else v} for s, v in enumerate(values, 1)]
+    for record in records:
+        record["finite"] = record["step"] not in (6, 7, 8, 9)  # by their gradients
     calm, limits = LossGuard(2.0), []
     for record, value in zip(records, values, strict=True):
         limits.append(calm.limit(record["step"]))
-        problem = calm.problem(record["step"], value)
-        assert (problem is None) == (record["step"] not in (21, 23))
-    for step in (12, 22, 24, 25):
+        problem = calm.problem(record["step"], value, record["finite"])
+        assert (problem is None) == (record["step"] not in (6, 7, 8, 9, 21, 23))
+    for step in (12, 16, 18, 22, 24, 25):
         resumed = LossGuard(2.0, records[: step - 1])
         assert resumed.limit(step) == limits[step - 1]
-    assert limits[:11] == [np.inf] * 11 and limits[11] < np.inf
+    assert limits[:15] == [np.inf] * 15 and limits[15] < np.inf
     assert LossGuard(None, records).limit(26) == np.inf
 
 

@@ -1,16 +1,58 @@
 import json
 import math
+import sys
 import types
 
 import pytest
 
 from freqkv_jax.training import metrics
+from freqkv_jax.training import record as recording
 from freqkv_jax.training.metrics import JsonLines, Progress, TensorBoard, duration, peak_flops
 from freqkv_jax.training.plots import draw_curves
 
 
 def record(step, **values):
     return dict.fromkeys(metrics.STEP_KEYS) | {"step": step, "loss": 1.0 / step} | values
+
+
+def test_the_share_of_waiting(monkeypatch):
+    """The first batch after a pause takes 10 s, the step 1 s and the next batch none."""
+    now = [0.0]
+    monkeypatch.setattr(recording.time, "monotonic", lambda: now[0])
+    clock = recording.Clock()
+
+    def batch(seconds):
+        clock.begin()
+        now[0] += seconds
+        assert clock.got() == seconds
+        return clock.sent()
+
+    one = batch(10)
+    two = batch(0)
+    now[0] += 1
+    assert clock.done(one, known=True) == 11
+    now[0] += 1
+    assert clock.done(two, known=True) == 1
+    assert clock.wait_share == 10 / 12
+    clock.pause()
+    # The wait for a batch passes while the step before is counted, or while nothing is.
+    one = batch(3)
+    two = batch(50)
+    assert clock.done(one, known=False) is None
+    now[0] += 2
+    assert clock.done(two, known=True) == 2
+    assert clock.wait_share == 10 / 14
+
+
+def test_wandb_tells_folders_of_one_name_apart(monkeypatch):
+    begun = []
+    fake = types.SimpleNamespace(init=lambda **what: begun.append(what))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder in ("/exp_a/run 1", "/exp_b/run 1", "/exp_b/run 1/"):
+        metrics.Wandb(folder, {})
+    assert [what["name"] for what in begun] == ["run 1"] * 3
+    a, b, again = (what["id"] for what in begun)
+    assert a != b == again and a.startswith("run-1-") and metrics.wandb_id("/exp_a/run 1") == a
 
 
 def open_lines(path, step=-1):
