@@ -5,20 +5,19 @@ import json
 import warnings
 from typing import Any
 
-import jax
 import numpy as np
 
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.training import distributed, monitor
-from freqkv_jax.training.base import base_sample, check_base
 from freqkv_jax.training.checkpoint import Checkpoints
 from freqkv_jax.training.data import Batches
 from freqkv_jax.training.export import export
 from freqkv_jax.training.metrics import note
 from freqkv_jax.training.record import Recorder
+from freqkv_jax.training.resume import start
 from freqkv_jax.training.rundir import CHECKPOINTS, FINISHED, RunDir
 from freqkv_jax.training.schema import RunConfig
-from freqkv_jax.training.setup import Setup, abstract_of, first_state, prepare
+from freqkv_jax.training.setup import Setup, prepare
 from freqkv_jax.training.stop import Stop
 from freqkv_jax.training.trainable import merge
 
@@ -101,35 +100,6 @@ def train(cfg: RunConfig) -> int:
         waited = "" if share is None else f"; {share:.2%} of the steps' time was waiting for data"
         note(f"done: {cfg.train.steps} steps in {folder.path}{waited}")
     return 0
-
-
-def start(cfg: RunConfig, setup: Setup, saved: Checkpoints) -> tuple[Any, Any, int, dict[str, Any]]:
-    """(state, frozen, steps done) from the latest whole checkpoint, or from the beginning; and
-    what a checkpoint says of data and base."""
-    state, frozen = first_state(cfg, setup)
-    own = {"data": setup.source.fingerprint, "base": base_sample(cfg, frozen)}
-    if not saved.steps():
-        return state, frozen, 0, own
-    like = abstract_of(state, setup.mesh)
-    for leaf in jax.tree.leaves(state):
-        leaf.delete()  # the restored arrays take their place
-    restored = saved.restore(like)
-    if restored is None:
-        state, frozen = first_state(cfg, setup)
-        return state, frozen, 0, own
-    state, about = restored
-    check_base(cfg, about.get("base"), own["base"])
-    if about["data"] != own["data"]:
-        raise ValueError(
-            f"the data differ from those that {cfg.run.dir} was trained on until step"
-            f" {about['step']}; put them back as they were, or choose another run.dir"
-        )
-    if about["step"] > cfg.train.steps:
-        raise ValueError(
-            f"{cfg.run.dir} is at step {about['step']}, beyond train.steps {cfg.train.steps}"
-        )
-    note(f"going on from step {about['step']}")
-    return state, frozen, about["step"], own
 
 
 def due(step: int, every: int, cfg: RunConfig) -> bool:
