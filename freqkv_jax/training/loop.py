@@ -61,12 +61,8 @@ def train(cfg: RunConfig) -> int:
             waited = record.clock.got()
             batch["limit"] = np.float32(guard.limit(step))
             state, metrics = setup.step(state, frozen, setup.maps, batch)
-            last = step == cfg.train.steps
-            stopping = stop.asked(saved, step) and not last
-            save = stopping or last or step % cfg.checkpoint.every == 0
-            best = save and cfg.checkpoint.keep_best and not stopping
-            look = due(step, cfg.log.eval_every, cfg) or best
-            show = due(step, cfg.log.sample_every, cfg)
+            stopping = stop.asked(saved, step) and step < cfg.train.steps
+            save, look, show = due_at(step, cfg, stopping)
             # The device works on this step while the one before is written down.
             for done in record.finished(step, metrics, waited, all_of_them=save or look or show):
                 problem = guard.problem(done["step"], done["loss"], done["finite"])
@@ -92,14 +88,26 @@ def train(cfg: RunConfig) -> int:
                 note(f"stopped after step {step}, which is saved; the same command goes on")
                 return stop.status()
         saved.wait()
-        export(cfg, folder, setup, state, frozen)
-        folder.write(FINISHED, json.dumps({"step": cfg.train.steps}) + "\n")
-        # jax's own barrier at the end gives up after 5 minutes; an upload may take longer.
-        distributed.barrier("finished")
+        finish(cfg, folder, setup, state, frozen)
         share = record.clock.wait_share
         waited = "" if share is None else f"; {share:.2%} of the steps' time was waiting for data"
         note(f"done: {cfg.train.steps} steps in {folder.path}{waited}")
     return 0
+
+
+def finish(cfg: RunConfig, folder: RunDir, setup: Setup, state: Any, frozen: Any) -> None:
+    """Exports what was trained and marks the run as done; no process returns before that."""
+    export(cfg, folder, setup, state, frozen)
+    folder.write(FINISHED, json.dumps({"step": cfg.train.steps}) + "\n")
+    # jax's own barrier at the end gives up after 5 minutes; an upload may take longer.
+    distributed.barrier("finished")
+
+
+def due_at(step: int, cfg: RunConfig, stopping: bool) -> tuple[bool, bool, bool]:
+    """Whether to save, to measure held-out text and to write a sample behind `step`."""
+    save = stopping or due(step, cfg.checkpoint.every, cfg)
+    best = save and cfg.checkpoint.keep_best and not stopping
+    return save, due(step, cfg.log.eval_every, cfg) or best, due(step, cfg.log.sample_every, cfg)
 
 
 def due(step: int, every: int, cfg: RunConfig) -> bool:

@@ -3,13 +3,12 @@
 from typing import Any
 
 import jax
-import numpy as np
 
 from freqkv_jax.training.checkpoint import Checkpoints
 from freqkv_jax.training.metrics import note
 from freqkv_jax.training.schema import RunConfig
 from freqkv_jax.training.setup import Setup, abstract_of, first_state
-from freqkv_jax.weights.peft import _base_sample
+from freqkv_jax.weights.peft import base_sample, samples_apart
 
 # Relative distance of two samples: another mesh may round a merged adapter otherwise.
 SAME = 1e-3
@@ -19,7 +18,7 @@ def start(cfg: RunConfig, setup: Setup, saved: Checkpoints) -> tuple[Any, Any, i
     """(state, frozen, steps done) from the latest whole checkpoint, or from the beginning; and
     what a checkpoint says of data and base."""
     state, frozen = first_state(cfg, setup)
-    own = {"data": setup.source.fingerprint, "base": base_sample(cfg, frozen)}
+    own = {"data": setup.source.fingerprint, "base": sample_of(cfg, frozen)}
     if not saved.steps():
         return state, frozen, 0, own
     like = abstract_of(state, setup.mesh)
@@ -44,9 +43,9 @@ def start(cfg: RunConfig, setup: Setup, saved: Checkpoints) -> tuple[Any, Any, i
     return state, frozen, about["step"], own
 
 
-def base_sample(cfg: RunConfig, frozen: Any) -> dict[str, list[float]] | None:
+def sample_of(cfg: RunConfig, frozen: Any) -> dict[str, list[float]] | None:
     """Corners of frozen kernels, which tell the base again; None where no kernel is frozen."""
-    return None if cfg.train.mode == "full" else _base_sample(frozen)
+    return None if cfg.train.mode == "full" else base_sample(frozen)
 
 
 def check_base(cfg: RunConfig, was: dict[str, list[float]] | None, now: Any) -> None:
@@ -60,9 +59,7 @@ def check_base(cfg: RunConfig, was: dict[str, list[float]] | None, now: Any) -> 
     """
     if was is None or now is None:
         return
-    before = np.concatenate([np.asarray(values) for values in was.values()])
-    here = np.concatenate([np.asarray(now.get(name, np.zeros(len(x)))) for name, x in was.items()])
-    distance = float(np.linalg.norm(here - before) / max(np.linalg.norm(before), 1e-30))
+    distance = samples_apart(was, now)
     if not distance <= SAME:
         raise ValueError(
             f"model.path {cfg.model.path} holds another base than that on which {cfg.run.dir} was"

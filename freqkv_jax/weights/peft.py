@@ -93,7 +93,7 @@ def save_adapter(
     if model.config.tie_word_embeddings and EMBEDDING in whole:
         # peft stores the head that follows the embedding, and asks for it when it loads.
         tensors[f"{PREFIX}lm_head.weight"] = tensors[PREFIX + names[EMBEDDING].name]
-    sample = _base_sample(frozen)
+    sample = base_sample(frozen)
     if jax.process_index() == 0:
         config = _config_json(model.config, trainable["lora"], list(whole), rank, alpha, base)
         about = {
@@ -284,12 +284,7 @@ def _check_base(adapter: Adapter, params: Any, path: Any) -> None:
     """Compares the sample of the base with that of `params`; peft's own files have none."""
     if adapter.sample is None:
         return
-    here = _base_sample(params)
-    was = np.concatenate([np.asarray(x) for x in adapter.sample.values()])
-    now = np.concatenate(
-        [np.asarray(here.get(n, np.zeros(len(x)))) for n, x in adapter.sample.items()]
-    )
-    distance = float(np.linalg.norm(now - was) / max(np.linalg.norm(was), 1e-30))
+    distance = samples_apart(adapter.sample, base_sample(params))
     if not distance <= SAME_BASE:
         raise ValueError(
             f"the adapter {path} was trained on another base: its weights differ by"
@@ -298,7 +293,14 @@ def _check_base(adapter: Adapter, params: Any, path: Any) -> None:
         )
 
 
-def _base_sample(params: Any) -> dict[str, list[float]]:
+def samples_apart(was: dict[str, list[float]], now: dict[str, list[float]]) -> float:
+    """Relative L2 distance of what `base_sample` gave; what is missing now counts as zeros."""
+    before = np.concatenate([np.asarray(values) for values in was.values()])
+    here = np.concatenate([np.asarray(now.get(name, np.zeros(len(x)))) for name, x in was.items()])
+    return float(np.linalg.norm(here - before) / max(np.linalg.norm(before), 1e-30))
+
+
+def base_sample(params: Any) -> dict[str, list[float]]:
     """Corners of the kernels of the first and the last layer, those that are adapted or frozen."""
     layers = [name for name in params if name.startswith("layers_")]
     layers = sorted(layers, key=lambda name: int(name.rpartition("_")[2]))
