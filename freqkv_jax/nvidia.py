@@ -34,7 +34,7 @@ def present() -> bool:
 
 
 def suits(x: Array, heads: int) -> bool:
-    """Whether the kernels of cache policies take entries like x [B, ..., D], whose axis `heads` is
+    """Whether the kernels of caches take entries like x [B, ..., D], whose axis `heads` is
     that of the kv heads: half precision, heads that Triton's blocks fit, with an NVIDIA GPU here.
     On a mesh each device runs them on its own rows and heads."""
     half = x.dtype in (jnp.bfloat16, jnp.float16) and x.shape[-1] in (64, 128, 256)

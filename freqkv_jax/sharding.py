@@ -280,7 +280,7 @@ def gather(array: Any) -> np.ndarray:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every process has called it for `what`."""
+    """Returns once every process has called it for `what`, however long that takes."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

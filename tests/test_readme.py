@@ -190,4 +190,4 @@ def test_commands_of_the_docs_are_understood(line):
     from freqkv_jax.cli import _parser
 
     words = shlex.split(line)[1:]
-    _parser(words).parse_args(words)
+    assert _parser(words).parse_args(words).command == words[0]

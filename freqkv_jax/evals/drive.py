@@ -22,6 +22,7 @@ from freqkv_jax.evals.result import (
     write_result,
 )
 from freqkv_jax.evals.task import Engine, Item, Record, Task, measures_time
+from freqkv_jax.sharding import wait_for_all
 
 COMPILE_EVENTS = "/jax/core/compile/"
 
@@ -78,7 +79,7 @@ def run_task(task: Task, engine: Engine, run: Run) -> dict[str, Any]:
     run.note(f"{task.name}: {len(items)} items of {_span([item.length for item in items])} tokens")
     path = ledger_path(run.output) if run.output else None
     ledger = Ledger(path, identity, run.force)
-    _meet("the ledger is read")
+    wait_for_all("the ledger is read")
     _measure(task, engine, run, items, ledger)
     records = [ledger.records[item.key] for item in items]
     good = [record for record in records if "error" not in record]
@@ -331,11 +332,3 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return total
-
-
-def _meet(name: str) -> None:
-    """Processes of several hosts wait for one another."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

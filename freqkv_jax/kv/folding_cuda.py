@@ -76,11 +76,15 @@ def rounds(
     if chunks == 1:
         return first[0], first[1]
     now = (first[0], first[1]), first[2]
-    # A turn of a loop costs the device some 30 us of waiting.
-    unroll = UNROLLED if chunks <= UNROLLED else 4
-    (into, folded), _ = jax.lax.scan(one_round, now, index[1:-1], unroll=unroll)
+    (into, folded), _ = jax.lax.scan(one_round, now, index[1:-1], unroll=unrolled(chunks))
     last = written(folded, index[-1], into, False)
     return last[0], last[1]
+
+
+def unrolled(chunks: int) -> int:
+    """Rounds of so many that are written out: a turn of a loop costs the device some 30 us of
+    waiting."""
+    return UNROLLED if chunks <= UNROLLED else 4
 
 
 def first_fold(stream: Stream, sizes: Sizes, cols: int) -> Float[Array, "2 cols 2 B K D"]:

@@ -16,8 +16,7 @@ from jaxtyping import Array
 
 from freqkv_jax import nvidia
 from freqkv_jax.folding import product
-from freqkv_jax.kv.folding_cuda import TILE, Sizes, store_folded, turned_to
-from freqkv_jax.kv.linear import UNROLLED
+from freqkv_jax.kv.folding_cuda import TILE, Sizes, store_folded, turned_to, unrolled
 from freqkv_jax.kv.policy import Parts, Slots
 from freqkv_jax.nvidia import columns, load, masked, store
 from freqkv_jax.rope import Rope
@@ -88,9 +87,8 @@ def _spans(caches: Parts, stacked: Array, sizes: Sizes, rope: Rope) -> Parts:
         k, v = step(index[0] - 1, product(back, halves), None, last=True)
         return k, v
     *into, halves = step(index[-2], product(back, halves), None)
-    unroll = UNROLLED if chunks <= UNROLLED else 4
     now = (tuple(into), halves)
-    (into, halves), _ = jax.lax.scan(one_round, now, index[:-2][::-1], unroll=unroll)
+    (into, halves), _ = jax.lax.scan(one_round, now, index[:-2][::-1], unroll=unrolled(chunks))
     k, v = step(index[0] - 1, product(back, halves), into, last=True)
     return k, v
 

@@ -24,7 +24,6 @@ from freqkv_jax.sharding import (
     P,
     axis_size,
     on_each_device,
-    splits_evenly,
 )
 
 BLOCK = 64  # slots that a program holds at a time
@@ -48,7 +47,7 @@ def attend_rows(
     """
     plain = functools.partial(_plain, num_heads=num_heads)
     special = {}
-    if suits(num_heads, q, k) and triton and nvidia.present():
+    if suits(num_heads, q, k):
         parts = axis_size("tensor")
         if parts > 1:
             q = q[:, :, :num_heads]  # what is split among the devices are queries alone
@@ -85,11 +84,9 @@ def attend_one(
 
 def suits(num_heads: int, q: Array, k: Array) -> bool:
     """Whether the kernel takes these: half precision (float32 would be rounded), even blocks."""
-    heads, slots, dim = k.shape[-3:]
-    if not splits_evenly(k.shape[0], heads):
-        return False
-    half = q.dtype == k.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and dim in (64, 128, 256) and slots % BLOCK == 0 and num_heads <= TILE * heads
+    heads, slots = k.shape[1:3]
+    even = slots % BLOCK == 0 and num_heads <= TILE * heads
+    return nvidia.suits(k, 1) and q.dtype == k.dtype and even
 
 
 def flash_rows(q: Array, k: Array, v: Array, fill: Array, num_heads: int) -> Array:

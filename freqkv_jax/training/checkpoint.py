@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from freqkv_jax.sharding import tree_path
+from freqkv_jax.sharding import tree_path, wait_for_all
 
 ITEM, ABOUT = "state", "about"
 # What the libraries below say of a folder that may be whole all the same: the machine or the
@@ -206,10 +206,7 @@ class Checkpoints:
                     place.rmtree()
                 (self.folder / str(step)).rename(place)
         if torn:
-            if jax.process_count() > 1:
-                from jax.experimental import multihost_utils
-
-                multihost_utils.sync_global_devices("freqkv_jax.checkpoint.set_aside")
+            wait_for_all("checkpoint.set_aside")
             self._manager.reload()
 
     def _save_error(self, error: Exception) -> SaveError:

@@ -182,14 +182,6 @@ def global_batch(mesh: Mesh, local: Mapping[str, np.ndarray], batch_size: int) -
     }
 
 
-def barrier(name: str) -> None:
-    """Waits until every process is here, however long that takes."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"freqkv_jax.{name}")
-
-
 def any_process(flag: bool) -> bool:
     """Whether `flag` is set in any process; all call it at the same place."""
     if jax.process_count() == 1:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from freqkv_jax.model.llama import Llama
+from freqkv_jax.sharding import wait_for_all
 from freqkv_jax.training import distributed, monitor
 from freqkv_jax.training.checkpoint import Checkpoints
 from freqkv_jax.training.data import Batches
@@ -100,7 +101,7 @@ def finish(cfg: RunConfig, folder: RunDir, setup: Setup, state: Any, frozen: Any
     export(cfg, folder, setup, state, frozen)
     folder.write(FINISHED, json.dumps({"step": cfg.train.steps}) + "\n")
     # jax's own barrier at the end gives up after 5 minutes; an upload may take longer.
-    distributed.barrier("finished")
+    wait_for_all("finished")
 
 
 def due_at(step: int, cfg: RunConfig, stopping: bool) -> tuple[bool, bool, bool]:

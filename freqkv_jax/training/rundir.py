@@ -14,6 +14,7 @@ import numpy as np
 
 from freqkv_jax.evals.result import environment
 from freqkv_jax.files import write_text
+from freqkv_jax.sharding import wait_for_all
 from freqkv_jax.training import distributed, schema
 
 CONFIG, METRICS, SAMPLES, CURVES = "config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png"
@@ -60,7 +61,7 @@ class RunDir:
             self.write(name, "seen by every process of the run\n")
         except OSError as error:  # raised when all know
             failed = error
-        distributed.barrier("shared.written")
+        wait_for_all("shared.written")
         begin = time.monotonic()
         while not (seen := (self / name).exists()) and time.monotonic() - begin < SEEN_WITHIN_S:
             time.sleep(0.2)

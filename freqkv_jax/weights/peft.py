@@ -16,7 +16,7 @@ from freqkv_jax.files import write_whole
 from freqkv_jax.kv import KVPolicy, policy_from_dict, policy_to_dict
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.model.lora import TARGETS, abstract_lora, merge_lora
-from freqkv_jax.sharding import gather, tree_path
+from freqkv_jax.sharding import gather, tree_path, wait_for_all
 from freqkv_jax.weights.hf import POLICY_KEY, read_json
 from freqkv_jax.weights.table import Target, nest, targets
 
@@ -101,10 +101,7 @@ def save_adapter(
             BASE_SAMPLE: json.dumps(sample),
         }
         _write(Path(path).expanduser(), tensors, config, about)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("freqkv_jax.save_adapter")
+    wait_for_all("save_adapter")
 
 
 def _write(

@@ -144,8 +144,8 @@ def test_others_wait_until_the_first_has_written_all(base, tmp_path, monkeypatch
 
     met = []
     monkeypatch.setattr(
-        loop.distributed,
-        "barrier",
+        loop,
+        "wait_for_all",
         lambda name: met.append((name, (tmp_path / "r" / "finished.json").exists())),
     )
     assert run(base, tmp_path / "r", train=raw(base, tmp_path)["train"] | {"steps": 1}) == 0

@@ -124,7 +124,8 @@ def test_refused(file, change, message):
 
 
 def test_token_files_may_hold_answers(file):
-    schema.load(file, ["data.answers_only=true", "data.train=[{path: x, kind: tokens}]"])
+    cfg = schema.load(file, ["data.answers_only=true", "data.train=[{path: x, kind: tokens}]"])
+    assert cfg.data.answers_only and cfg.data.train[0].kind == "tokens"
 
 
 def test_missing_keys(tmp_path):
