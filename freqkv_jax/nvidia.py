@@ -6,7 +6,7 @@ where the backend is gone.
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,43 @@ def suits(x: Array, heads: int) -> bool:
     return bool(half and splits_evenly(x.shape[0], x.shape[heads]) and triton and present())
 
 
-def call(kernel: Any, grid: tuple[int, ...], out_shape: Any, **options: Any) -> Any:
-    """`pallas_call` for Triton; arguments and results are whole arrays if no blocks are given."""
+class _Call(NamedTuple):
+    """All that `call` is told, to be compared."""
+
+    function: Any
+    keywords: tuple[tuple[str, Any], ...]
+    grid: tuple[int, ...]
+    out_shape: Any
+    aliases: tuple[tuple[int, int], ...]
+    interpret: bool
+
+
+def call(
+    kernel: functools.partial[Any],
+    grid: tuple[int, ...],
+    out_shape: Any,
+    input_output_aliases: dict[int, int] | None = None,
+) -> Any:
+    """`pallas_call` for Triton, arguments and results whole arrays; several are a tuple.
+
+    Triton compiles while a program is lowered, which no cache of compiled programs saves: what
+    was called in one layer as in another is lowered once.
+    """
+    outs = tuple(out_shape) if isinstance(out_shape, list) else out_shape
+    words, aliases = sorted(kernel.keywords.items()), sorted((input_output_aliases or {}).items())
+    what = _Call(kernel.func, tuple(words), grid, outs, tuple(aliases), INTERPRET)
+    return functools.partial(_once, what)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _once(what: _Call, *args: Array) -> Any:
+    kernel = functools.partial(what.function, **dict(what.keywords))
+    options = {"input_output_aliases": dict(what.aliases)}
+    return call_in_blocks(kernel, what.grid, what.out_shape, **options)(*args)
+
+
+def call_in_blocks(kernel: Any, grid: tuple[int, ...], out_shape: Any, **options: Any) -> Any:
+    """`pallas_call` for Triton, with blocks of arguments and results as `options` say."""
     if triton and not INTERPRET:
         options["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=3)
     return pl.pallas_call(kernel, grid=grid, out_shape=out_shape, interpret=INTERPRET, **options)

@@ -61,3 +61,6 @@ def smollm2_gguf() -> Path:
 def interpreted(monkeypatch):
     """Triton kernels run on a CPU."""
     monkeypatch.setattr(nvidia, "INTERPRET", True)
+    jax.clear_caches()  # what other tests traced has no kernels, or not such
+    yield
+    jax.clear_caches()

@@ -108,7 +108,7 @@ class ChoosingPolicy(KVPolicy):
 
     def make_room(self, memory: Memory, rope: Rope, maps: Maps) -> Memory:
         """Chooses from the keys turned back, and moves what stays to its new slots."""
-        if self._has_kernels(memory.k, 1):
+        if self.has_kernels(memory.k, 1):
             return self._make_room_by_rounds(memory, rope, maps)
         with jax.named_scope("make_room"):
             middle = slice(self.sink_size, self.cache_size - self.recent_size)
@@ -140,7 +140,7 @@ class ChoosingPolicy(KVPolicy):
             at = jnp.arange(self.prefix, self.capacity, dtype=jnp.int32)
             tokens = (rope.rotate_tokens(k, at).astype(memory.k.dtype), v.astype(memory.v.dtype))
             first = (jnp.swapaxes(memory.k, 1, 2), jnp.swapaxes(memory.v, 1, 2))
-            caches = self._rounds(rope)(first, tokens, maps)
+            caches = rounds_of(self, rope, self.has_kernels(memory.k, 1))(first, tokens, maps)
             return ChunkCaches(*caches, memory_after(memory, caches, tokens, counts))
 
     def _make_room_by_rounds(self, memory: Slots, rope: Rope, maps: Maps) -> Slots:
@@ -150,45 +150,17 @@ class ChoosingPolicy(KVPolicy):
             first = (jnp.swapaxes(memory.k, 1, 2), jnp.swapaxes(memory.v, 1, 2))
             batch, _, *entry = first[0].shape
             none = jnp.zeros((batch, 1, self.chunk, *entry), memory.k.dtype)  # not asked for
-            left = self._rounds(rope)(first, (none, none), maps)
+            left = rounds_of(self, rope, self.has_kernels(memory.k, 1))(first, (none, none), maps)
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(x, jnp.swapaxes(y[:, 0], 1, 2), 0, axis=2)
                 for x, y in zip(memory, left, strict=True)
             )
             return Slots(k, v)
 
-    def _has_kernels(self, x: Array, heads: int) -> bool:
+    def has_kernels(self, x: Array, heads: int) -> bool:
         return self.prefix > 0 and nvidia.suits(x, heads)
 
-    def _rounds(self, rope: Rope) -> Callable[..., Parts]:
-        """Full caches [B, N, K, D] and the tokens of C chunks [B, C, Q, K, D] to the caches before
-        these, [B, C, P, K, D]. Given who stays, rounds are linear: all that the backward pass needs
-        of them. (Rematerialisation makes it choose again.)"""
-
-        @jax.custom_jvp
-        def rounds(first: Parts, tokens: Parts, maps: Maps) -> tuple[Parts, Array]:
-            plain = functools.partial(self._plain_rounds, rope=rope)
-            if not self._has_kernels(first[0], 2):
-                return plain(first, tokens, maps)
-            chosen = P(None, *MEMORY_SPEC)
-            cuda = on_each_device(
-                functools.partial(self._cuda_rounds, rope=rope),
-                (HEADS_SPEC, CHUNKS_SPEC, P()),
-                (CHUNKS_SPEC, chosen),
-            )
-            return jax.lax.platform_dependent(first, tokens, maps, cuda=cuda, default=plain)
-
-        @rounds.defjvp
-        def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-            first, tokens, maps = primals
-            caches, old = rounds(first, tokens, maps)
-            first, tokens, _ = tangents
-            along = _scanned(first, tokens, old, lambda _, old: old, rope)[0]
-            return (caches, old), (along, np.zeros(old.shape, jax.dtypes.float0))
-
-        return lambda first, tokens, maps: rounds(first, tokens, maps)[0]
-
-    def _plain_rounds(
+    def plain_rounds(
         self, first: Parts, tokens: Parts, maps: Maps, rope: Rope
     ) -> tuple[Parts, Array]:
         def who(full: Parts, _: None) -> Array:
@@ -203,7 +175,7 @@ class ChoosingPolicy(KVPolicy):
         angles = rope.angles(jnp.arange(start, stop, dtype=jnp.int32))[None, None]
         return self.choose(rope.rotate(k, angles, inverse=True), v, maps)
 
-    def _cuda_rounds(
+    def cuda_rounds(
         self, first: Parts, tokens: Parts, maps: Maps, rope: Rope
     ) -> tuple[Parts, Array]:
         chunks = tokens[0].shape[1]
@@ -270,6 +242,36 @@ class ChoosingPolicy(KVPolicy):
             jax.lax.dynamic_update_slice_in_dim(memory.k, k, self.sink_size, axis=2),
             jax.lax.dynamic_update_slice_in_dim(memory.v, v, self.sink_size, axis=2),
         )
+
+
+@functools.lru_cache(maxsize=64)  # each layer of a model has these
+def rounds_of(policy: ChoosingPolicy, rope: Rope, kernels: bool) -> Callable[..., Parts]:
+    """Full caches [B, N, K, D] and the tokens of C chunks [B, C, Q, K, D] to the caches before
+    these, [B, C, P, K, D]. Given who stays, rounds are linear: all that the backward pass needs
+    of them. (Rematerialisation makes it choose again.)"""
+
+    @jax.custom_jvp
+    def rounds(first: Parts, tokens: Parts, maps: Maps) -> tuple[Parts, Array]:
+        plain = functools.partial(policy.plain_rounds, rope=rope)
+        if not kernels:
+            return plain(first, tokens, maps)
+        chosen = P(None, *MEMORY_SPEC)
+        cuda = on_each_device(
+            functools.partial(policy.cuda_rounds, rope=rope),
+            (HEADS_SPEC, CHUNKS_SPEC, P()),
+            (CHUNKS_SPEC, chosen),
+        )
+        return jax.lax.platform_dependent(first, tokens, maps, cuda=cuda, default=plain)
+
+    @rounds.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        first, tokens, maps = primals
+        caches, old = rounds(first, tokens, maps)
+        first, tokens, _ = tangents
+        along = _scanned(first, tokens, old, lambda _, old: old, rope)[0]
+        return (caches, old), (along, np.zeros(old.shape, jax.dtypes.float0))
+
+    return jax.jit(lambda first, tokens, maps: rounds(first, tokens, maps)[0])
 
 
 def _scanned(

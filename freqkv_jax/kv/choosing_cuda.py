@@ -140,13 +140,13 @@ def _chosen(score_ref: Any, out_ref: Any, *, keep: int) -> None:
     """Whether TILE entries of a head are among the `keep` highest."""
     here, at, inside = _tile(score_ref)
     score = load(score_ref.at[here], inside)[:, None]
-
-    def before(other: Array, place: Array) -> Array:
-        return (other > score) | ((other == score) & (place < at[:, None]))
-
-    triton.store(
-        out_ref.at[here], (_counted(score_ref, before) < keep).astype(jnp.int32), mask=inside
-    )
+    count, mine, parts = _others(score_ref, here, -jnp.inf)
+    # Of equal scores the lowest slot is first: only within one part does that need the places.
+    before = count(0, mine, lambda other, place: other >= score)
+    before += count(mine, 1, lambda o, place: (o > score) | ((o == score) & (place < at[:, None])))
+    before += count(mine + 1, parts - mine - 1, lambda other, place: other > score)
+    rank = jnp.sum(before, axis=1)
+    triton.store(out_ref.at[here], (rank < keep).astype(jnp.int32), mask=inside)
 
 
 def _places(chosen_ref: Any, old_ref: Any, *, keep: int, sink: int) -> None:
@@ -154,7 +154,11 @@ def _places(chosen_ref: Any, old_ref: Any, *, keep: int, sink: int) -> None:
     here, at, inside = _tile(chosen_ref)
     row, head, _ = here
     chosen = load(chosen_ref.at[here], inside) > 0
-    place = _counted(chosen_ref, lambda other, place: (other > 0) & (place < at[:, None]))
+    count, mine, _ = _others(chosen_ref, here, 0)
+    before = jnp.sum(count(0, mine, lambda other, place: other > 0, rows=1))
+    place = before + jnp.sum(
+        count(mine, 1, lambda other, place: (other > 0) & (place < at[:, None])), axis=1
+    )
     chosen &= place < keep
     triton.store(old_ref.at[row, head, masked(sink + place, chosen)], sink + at, mask=chosen)
     fixed = at < old_ref.shape[2] - keep
@@ -170,17 +174,28 @@ def _tile(ref: Any) -> tuple[tuple[Array, Array, Any], Array, Array]:
     return (row, head, pl.ds(tile * TILE, TILE)), at, at < ref.shape[2]
 
 
-def _counted(ref: Any, before: Callable[[Array, Array], Array]) -> Array:
-    """How many of a head's entries stand before each of a program's, int32 [TILE]."""
-    row, head, size = pl.program_id(0), pl.program_id(1), ref.shape[2]
+def _others(ref: Any, here: Any, nothing: float) -> tuple[Callable[..., Array], Array, int]:
+    """What counts a head's entries, WIDE at a time, of which a program's lie in one part; which;
+    and how many parts there are. Behind the last entry stands `nothing`."""
+    row, head, own = here
+    size = ref.shape[2]
 
-    def add(part: Array, total: Array) -> Array:
-        place = columns(part * WIDE, WIDE)
-        there = place < size
-        other = load(ref.at[row, head, pl.ds(part * WIDE, WIDE)], there[0])[None]
-        return total + jnp.sum((before(other, place) & there).astype(jnp.int32), axis=1)
+    def count(
+        first: Any, parts: Any, marked: Callable[[Array, Array], Array], rows: int = TILE
+    ) -> Array:
+        """int32 [rows, WIDE], to be summed: adding up numbers of a thread costs one instruction."""
 
-    return jax.lax.fori_loop(0, -(-size // WIDE), add, jnp.zeros(TILE, jnp.int32))
+        def add(part: Any, total: Array) -> Array:
+            start = (first + part) * WIDE
+            place = columns(start, WIDE)
+            other = triton.load(
+                ref.at[row, head, pl.ds(start, WIDE)], mask=place[0] < size, other=nothing
+            )
+            return total + marked(other[None], place).astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, parts, add, jnp.zeros((rows, WIDE), jnp.int32))
+
+    return count, own.start // WIDE, -(-size // WIDE)
 
 
 def scores_fit(num_bands: int, head_dim: int) -> bool:

@@ -1,6 +1,6 @@
 """FreqKV (arXiv 2505.00570): what lies between sinks and recents is low-pass filtered."""
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxtyping import Array
 from freqkv_jax import folding, nvidia, spectral
 from freqkv_jax.kv import folded_rounds, folding_cuda
 from freqkv_jax.kv.linear import LinearPolicy, Parts
-from freqkv_jax.kv.policy import ChunkCaches, Maps, Memory, Slots, memory_after, register
+from freqkv_jax.kv.policy import ChunkCaches, Maps, Memory, memory_after, register
 from freqkv_jax.rope import Rope
 
 
@@ -107,19 +107,21 @@ class FreqKVConfig(LinearPolicy):
         if not (halved and nvidia.suits(k, 3)):
             return super().chunk_caches(memory, k, v, counts, rope, maps, seen, queries)
         with jax.named_scope("chunk_caches"):
-            caches = self._rounds(rope)(memory, k, v, maps)
+            caches = _rounds(self, rope)(memory, k, v, maps)
             slot = jnp.arange(self.prefix, self.capacity, dtype=jnp.int32)
             tokens = (rope.rotate_tokens(k, slot), v)
             return ChunkCaches(*caches, memory_after(memory, caches, tokens, counts))
 
-    def _rounds(self, rope: Rope) -> Callable[[Slots, Array, Array, Maps], Parts]:
-        """The caches of all chunks, [B, C, P, K, D], by kernels where there are some."""
 
-        def plain(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
-            seen = jnp.zeros(len(k), jnp.int32)  # not asked for
-            caches = LinearPolicy.chunk_caches(self, memory, k, v, None, rope, maps, seen)
-            return caches.k, caches.v
+@functools.lru_cache(maxsize=64)  # each layer of a model has these
+def _rounds(policy: FreqKVConfig, rope: Rope) -> folded_rounds.Rounds:
+    """The caches of all chunks, [B, C, P, K, D], by kernels where there are some."""
 
-        sizes = folding_cuda.Sizes(self.sink_size, self.keep, self.prefix)
-        # Caches of many times the tokens are not to be kept.
-        return folded_rounds.forms(plain, sizes, rope, kept=self.prefix <= 2 * self.chunk)
+    def plain(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
+        seen = jnp.zeros(len(k), jnp.int32)  # not asked for
+        caches = LinearPolicy.chunk_caches(policy, memory, k, v, None, rope, maps, seen)
+        return caches.k, caches.v
+
+    sizes = folding_cuda.Sizes(policy.sink_size, policy.keep, policy.prefix)
+    # Caches of many times the tokens are not to be kept.
+    return folded_rounds.forms(plain, sizes, rope, kept=policy.prefix <= 2 * policy.chunk)

@@ -109,7 +109,7 @@ def flash(q: Array, k: Array, v: Array, fill: Array, num_heads: int, num_rows: i
     a_run = pl.BlockSpec((None, slots // runs, dim), lambda head, run: (head, run, 0))
     a_sum = pl.BlockSpec((None, None, groups), lambda head, run: (head, run, 0))
     sums = jax.ShapeDtypeStruct((heads, runs, groups), jnp.float32)
-    average, top, total = nvidia.call(
+    average, top, total = nvidia.call_in_blocks(
         functools.partial(_average, groups=groups, scale=1 / math.sqrt(dim)),
         (heads, runs),
         [jax.ShapeDtypeStruct((*sums.shape, dim), jnp.float32), sums, sums],
@@ -126,7 +126,7 @@ def flash(q: Array, k: Array, v: Array, fill: Array, num_heads: int, num_rows: i
         ],
     )(fill.reshape(1), q, k, v)
     all_sums = pl.BlockSpec((None, runs, None), lambda head, group: (head, 0, group))
-    out = nvidia.call(
+    out = nvidia.call_in_blocks(
         _merge,
         (heads, groups),
         jax.ShapeDtypeStruct((heads, groups, dim), q.dtype),

@@ -50,7 +50,7 @@ def normed_pairs(
         pl.BlockSpec(half, lambda i, j: (i, 1, j, 0)),
     ]
     rows = rows.reshape(*pairs, x.size)
-    return nvidia.call(
+    return nvidia.call_in_blocks(
         functools.partial(_pairs, finish=finish, eps=eps),
         (many, out // size),
         jax.ShapeDtypeStruct((many, num_out, out), x.dtype),
@@ -100,7 +100,7 @@ def plus_product(
     """x + y @ kernel, in x's dtype."""
     size = _rows(x.size, 1)
     some = pl.BlockSpec((size,), lambda i: (i,))
-    return nvidia.call(
+    return nvidia.call_in_blocks(
         _plus,
         (x.size // size,),
         jax.ShapeDtypeStruct(x.shape, x.dtype),

@@ -308,8 +308,8 @@ def test_kernels_of_choosing_are_the_plain_form(bands):
     memory, k, v, maps = full_cache(kv, 6)
     at = jnp.arange(kv.prefix, kv.capacity)
     args = [jnp.swapaxes(x, 1, 2) for x in memory], (ROPE.rotate_tokens(k, at), v), maps
-    (keys, values), old = jax.jit(functools.partial(kv._cuda_rounds, rope=ROPE))(*args)
-    plain, want = jax.jit(functools.partial(kv._plain_rounds, rope=ROPE))(*args)
+    (keys, values), old = jax.jit(functools.partial(kv.cuda_rounds, rope=ROPE))(*args)
+    plain, want = jax.jit(functools.partial(kv.plain_rounds, rope=ROPE))(*args)
     # A near tie may fall otherwise, and then the rounds behind it differ in that entry.
     assert (old == want).mean() > 0.99
     assert (np.diff(old, axis=-1) > 0).all()

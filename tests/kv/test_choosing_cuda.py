@@ -10,7 +10,7 @@ import pytest
 from freqkv_jax import nvidia
 from freqkv_jax.config import RopeConfig
 from freqkv_jax.kv import KeyNormConfig, SpectralNoveltyConfig
-from freqkv_jax.kv.choosing import GRID, highest
+from freqkv_jax.kv.choosing import GRID, highest, rounds_of
 from freqkv_jax.kv.choosing_cuda import staying
 from freqkv_jax.kv.policy import Slots
 from freqkv_jax.rope import Rope
@@ -43,8 +43,8 @@ def arguments(kv, chunks, batch=2, heads=3, dtype="bfloat16"):
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_the_rounds_are_the_plain_ones(kv, chunks, interpreted):
     args = arguments(kv, chunks)
-    plain = jax.jit(functools.partial(kv._plain_rounds, rope=ROPE))(*args)
-    (k, v), old = jax.jit(functools.partial(kv._cuda_rounds, rope=ROPE))(*args)
+    plain = jax.jit(functools.partial(kv.plain_rounds, rope=ROPE))(*args)
+    (k, v), old = jax.jit(functools.partial(kv.cuda_rounds, rope=ROPE))(*args)
     np.testing.assert_array_equal(old, plain[1])
     np.testing.assert_array_equal(v, plain[0][1])
     # A product and a sum may be one operation here and two there.
@@ -74,7 +74,7 @@ def test_making_room_is_a_round(interpreted, monkeypatch):
     plain = kv.make_room(memory, ROPE, maps)
     monkeypatch.setattr(nvidia, "suits", lambda x, heads: True)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
-    caches = kv._rounds(ROPE)(first, tokens, maps)
+    caches = rounds_of(kv, ROPE, True)(first, tokens, maps)
     made = kv.make_room(memory, ROPE, maps)
     for x, cache, other in zip(made, caches, plain, strict=True):
         np.testing.assert_array_equal(x[:, :, : kv.prefix], jnp.swapaxes(cache[:, 0], 1, 2))
@@ -103,7 +103,7 @@ def test_a_cpu_goes_the_plain_way(monkeypatch):
 
     def both():
         def total(first):
-            caches = kv._rounds(ROPE)(first, tokens, maps)
+            caches = rounds_of(kv, ROPE, nvidia.present())(first, tokens, maps)
             return caches[0].astype(jnp.float32).sum(), caches
 
         run = jax.jit(jax.grad(total, has_aux=True)).trace(first)
@@ -125,7 +125,7 @@ def test_derivatives_in_both_directions(monkeypatch):
     first, tokens, maps = arguments(kv, 3)
 
     def run(*args):
-        return kv._rounds(ROPE)(*args, maps)
+        return rounds_of(kv, ROPE, True)(*args, maps)
 
     _, along = jax.jvp(run, (first, tokens), (first, tokens))
     for one, other in zip(along, run(first, tokens), strict=True):
