@@ -105,7 +105,7 @@ def trade_figure(points: Sequence[Point]) -> bytes:
         "guessing", (1, GUESSING), xycoords=("axes fraction", "data"), xytext=(-2, 2),
         textcoords="offset points", ha="right", va="bottom", fontsize=FONT, color="#555555",
     )  # fmt: skip
-    axes.margins(x=0.16, y=0.1)
+    axes.margins(x=0.16, y=0.16)
     axes.set_xlabel("perplexity (lower is better)")
     axes.set_ylabel("pass-key, nats a digit (lower is better)")
     tidy(axes)
@@ -114,11 +114,13 @@ def trade_figure(points: Sequence[Point]) -> bytes:
 
 
 def _name_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
-    """Names to the right of their points, moved up or down where they would meet another."""
+    """Names to the right of their points, moved up or down where they would meet others or the
+    axis."""
     figure.draw_without_rendering()
     scale = 72 / figure.dpi
     places = [tuple(c * scale for c in axes.transData.transform((x, y))) for _, x, y in points]
     taken: list[tuple[float, float, float, float]] = []
+    floor = axes.bbox.y0 * scale  # below stand the numbers of the axis
     for left, low in places:  # the points themselves
         taken.append((left - 4, low - 3, left + 4, low + 3))
     for index in sorted(range(len(points)), key=lambda i: -places[i][1]):
@@ -126,10 +128,10 @@ def _name_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
         name = run.policy_label
         wide, high = 0.56 * FONT * len(name), 1.15 * FONT
         left, low = places[index]
-        for step in range(40):
+        for step in range(80):
             shift = (-1) ** step * (step + 1) // 2 * 3.0
             box = (left + 6, low + shift - high / 2, left + 6 + wide, low + shift + high / 2)
-            if not any(_meet(box, other) for other in taken):
+            if box[1] > floor and not any(_meet(box, other) for other in taken):
                 break
         taken.append(box)
         line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 3, "shrinkA": 0}
