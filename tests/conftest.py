@@ -24,6 +24,7 @@ import jax
 import pytest
 
 from freqkv_jax import nvidia
+from freqkv_jax.kv import choosing, freqkv
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -61,6 +62,12 @@ def smollm2_gguf() -> Path:
 def interpreted(monkeypatch):
     """Triton kernels run on a CPU."""
     monkeypatch.setattr(nvidia, "INTERPRET", True)
-    jax.clear_caches()  # what other tests traced has no kernels, or not such
+    forget_rounds()
     yield
-    jax.clear_caches()
+    forget_rounds()
+
+
+def forget_rounds():
+    """What other tests traced has no kernels, or others."""
+    choosing.rounds_of.cache_clear()
+    freqkv._rounds.cache_clear()
