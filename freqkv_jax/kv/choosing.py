@@ -163,6 +163,8 @@ class ChoosingPolicy(KVPolicy):
     def plain_rounds(
         self, first: Parts, tokens: Parts, maps: Maps, rope: Rope
     ) -> tuple[Parts, Array]:
+        """All that is left before each chunk, and who that was; as `_scanned` says."""
+
         def who(full: Parts, _: None) -> Array:
             return self._with_sinks(self._choose_among(full, rope, maps))
 
@@ -178,6 +180,7 @@ class ChoosingPolicy(KVPolicy):
     def cuda_rounds(
         self, first: Parts, tokens: Parts, maps: Maps, rope: Rope
     ) -> tuple[Parts, Array]:
+        """`plain_rounds` by kernels for NVIDIA."""
         chunks = tokens[0].shape[1]
         turns = rope.turns(-jnp.arange(self.chunk + 1, dtype=jnp.int32))
         k, v = (x[:, None] for x in first)
