@@ -150,7 +150,7 @@ class ChoosingPolicy(KVPolicy):
             first = (jnp.swapaxes(memory.k, 1, 2), jnp.swapaxes(memory.v, 1, 2))
             batch, _, *entry = first[0].shape
             none = jnp.zeros((batch, 1, self.chunk, *entry), memory.k.dtype)  # not asked for
-            left = rounds_of(self, rope, self.has_kernels(memory.k, 1))(first, (none, none), maps)
+            left = rounds_of(self, rope, True)(first, (none, none), maps)
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(x, jnp.swapaxes(y[:, 0], 1, 2), 0, axis=2)
                 for x, y in zip(memory, left, strict=True)
