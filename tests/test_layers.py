@@ -36,6 +36,7 @@ LAYERS = {
         "kv.folding_cuda_back",
         "kv.folded_rounds",
         "kv.choosing_cuda",
+        "kv.novelty_cuda",
         "kv.choosing",
         "kv.scored",
         "kv.freqkv",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from freqkv_jax.kv import choosing_cuda
+from freqkv_jax.kv import choosing_cuda, novelty_cuda
 from freqkv_jax.kv.choosing import ChoosingPolicy, highest, on_grid
 from freqkv_jax.kv.policy import Maps, real_number, register
 from freqkv_jax.rope import Rope
@@ -102,22 +102,27 @@ class SpectralNoveltyConfig(ChoosingPolicy):
         low = jnp.einsum("fm,bkfd->bkmd", maps["basis"], bands, precision=exact)
         chosen = highest(self._compared(-_cosine(unit, low)), self.keep - self.by_value)
         if self.by_value:
-            worth = LOG_VALUE_WEIGHT * jnp.log(_square(v)[..., 0] + _TINY)
-            worth = worth - _cosine(unit, bands[:, :, :1])  # the lowest band is the mean, scaled
-            worth = jnp.where(chosen, -jnp.inf, self._compared(worth))
+            from_mean = -_cosine(unit, bands[:, :, :1])  # the lowest band is the mean, scaled
+            worth = self._compared(_worth(_square(v)[..., 0], from_mean))
+            worth = jnp.where(chosen, -jnp.inf, worth)
             chosen |= highest(worth, self.by_value)
         return jnp.broadcast_to(chosen, k.shape[:3])
 
     def chooser_on_gpu(self, rope: Rope, maps: Maps) -> Callable[[choosing_cuda.Full], Array]:
-        """By kernels, unless values have a say or bands are too many."""
-        if self.by_value or not choosing_cuda.scores_fit(self.bands, 2 * len(rope.frequencies)):
+        """By kernels, unless bands are too many."""
+        if not novelty_cuda.scores_fit(self.bands, 2 * len(rope.frequencies)):
             return super().chooser_on_gpu(rope, maps)
         slots = jnp.arange(self.span, dtype=jnp.int32) + self.sink_size
-        basis, back = choosing_cuda.padded(maps["basis"]), rope.turns(-slots)
+        basis, back = novelty_cuda.padded(maps["basis"]), rope.turns(-slots)
 
         def choose(full: choosing_cuda.Full) -> Array:
-            score = choosing_cuda.novelty(full, basis, back, self.sink_size)
+            score, from_mean = novelty_cuda.novelty(full, basis, back, self.sink_size)
             compared = jnp.broadcast_to(on_grid(self._compared(score)), score.shape)
+            if self.by_value:
+                chosen = choosing_cuda.marked(compared, self.keep - self.by_value)
+                square = novelty_cuda.squares(full, self.sink_size, self.span)
+                worth = self._compared(_worth(square, from_mean))
+                compared = jnp.where(chosen, jnp.inf, on_grid(worth))
             return choosing_cuda.staying(compared, self.keep, self.sink_size, self.recent_size)
 
         return choose
@@ -135,6 +140,11 @@ class SpectralNoveltyConfig(ChoosingPolicy):
             rank = jnp.arange(self.span, dtype=jnp.float32) / self.span
             score = score + self.recency * rank[None, None]
         return score
+
+
+def _worth(square: Array, from_mean: Array) -> Array:
+    """Of entries, by |value|^2 and by how far the key is from the mean key."""
+    return LOG_VALUE_WEIGHT * jnp.log(square + _TINY) + from_mean
 
 
 def _square(x: Array) -> Array:

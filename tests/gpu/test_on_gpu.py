@@ -302,9 +302,9 @@ def test_kernels_of_the_rounds_are_the_plain_form(kv):
         assert rel_l2(got.astype(jnp.float32), want) < 0.02
 
 
-@pytest.mark.parametrize("bands", [1, 4, 64])
-def test_kernels_of_choosing_are_the_plain_form(bands):
-    kv = fk.SpectralNoveltyConfig(4096, chunk=256, bands=bands)
+@pytest.mark.parametrize(("bands", "share"), [(1, 0), (4, 0), (16, 1 / 3), (64, 0)])
+def test_kernels_of_choosing_are_the_plain_form(bands, share):
+    kv = fk.SpectralNoveltyConfig(4096, chunk=256, bands=bands, value_share=share)
     memory, k, v, maps = full_cache(kv, 6)
     at = jnp.arange(kv.prefix, kv.capacity)
     args = [jnp.swapaxes(x, 1, 2) for x in memory], (ROPE.rotate_tokens(k, at), v), maps

@@ -22,7 +22,10 @@ POLICIES = [
     SpectralNoveltyConfig(bands=1, **SIZES),
     SpectralNoveltyConfig(bands=20, recency=0.3, **SIZES),
     SpectralNoveltyConfig(bands=4, shared_heads=True, **SIZES),
-    SpectralNoveltyConfig(bands=4, value_share=0.5, **SIZES),  # chosen without a kernel
+    SpectralNoveltyConfig(bands=4, value_share=0.5, **SIZES),
+    SpectralNoveltyConfig(bands=20, value_share=1, recency=0.1, **SIZES),
+    SpectralNoveltyConfig(bands=1, value_share=0.5, shared_heads=True, **SIZES),
+    SpectralNoveltyConfig(bands=300, **SIZES),  # chosen without a kernel
     KeyNormConfig(**SIZES),
 ]
 
