@@ -17,7 +17,7 @@ from freqkv_jax import nvidia
 from freqkv_jax.nvidia import columns, load, masked, store, triton, turned
 
 TILE = 32  # entries that a program holds at a time
-PART = 2048  # scores of a head that are counted at a time
+PART = 4096  # scores of a head that are counted at a time, if there are so many
 
 
 class Full(NamedTuple):
@@ -117,9 +117,11 @@ def staying(score: Float[Array, "B K m"], keep: int, sink: int, recent: int) -> 
 
     One kernel, one program a head; XLA sorts twice.
     """
-    batch, heads, _ = score.shape
+    batch, heads, size = score.shape
     out = jax.ShapeDtypeStruct((batch, heads, sink + keep + recent), jnp.int32)
-    kernel = functools.partial(_staying, keep=keep, sink=sink)
+    kernel = functools.partial(
+        _staying, keep=keep, sink=sink, step=min(PART, pl.next_power_of_2(size))
+    )
     return nvidia.call(kernel, (batch, heads), out)(score)
 
 
@@ -134,11 +136,22 @@ def marked(score: Float[Array, "B K m"], keep: int) -> Array:
     return at.set(True, unique_indices=True, indices_are_sorted=True, mode="promise_in_bounds")
 
 
-def _staying(score_ref: Any, old_ref: Any, *, keep: int, sink: int) -> None:
+def _staying(score_ref: Any, old_ref: Any, *, keep: int, sink: int, step: int) -> None:
     """Of a head. First the `keep`-th highest score, bit by bit; then the entries' places."""
     row, head = (pl.program_id(axis) for axis in range(2))
     size, fixed = score_ref.shape[2], old_ref.shape[2] - keep
-    count = functools.partial(_count, score_ref, (row, head))
+    scores = functools.partial(_ordered, score_ref, (row, head), step)
+    parts = -(-size // step)
+
+    def count(bar: Array | int) -> Array:
+        """How many scores are not below it."""
+
+        def add(part: Array, total: Array) -> Array:
+            score, _, inside = scores(part)
+            return total + _number(inside & (score >= bar))
+
+        return jax.lax.fori_loop(0, parts, add, jnp.int32(0))
+
     bar = jnp.where(count(0) >= keep, 0, jnp.int32(-(2**31)))
 
     def with_bit(index: Array, bar: Array) -> Array:
@@ -150,7 +163,7 @@ def _staying(score_ref: Any, old_ref: Any, *, keep: int, sink: int) -> None:
 
     def write(part: Array, before: tuple[Array, Array]) -> tuple[Array, Array]:
         stay, level = before
-        score, at, inside = _ordered(score_ref, (row, head), part)
+        score, at, inside = scores(part)
         is_level = inside & (score == bar)
         order = level + jnp.cumsum(is_level.astype(jnp.int32))
         stays = (inside & (score > bar)) | (is_level & (order <= equal))
@@ -159,42 +172,34 @@ def _staying(score_ref: Any, old_ref: Any, *, keep: int, sink: int) -> None:
         triton.store(old_ref.at[row, head, to], sink + at, mask=stays)
         return stay + _number(stays), level + _number(is_level)
 
-    jax.lax.fori_loop(0, -(-size // PART), write, (jnp.int32(0), jnp.int32(0)))
+    jax.lax.fori_loop(0, parts, write, (jnp.int32(0), jnp.int32(0)))
 
     def write_fixed(part: Array, _: None) -> None:
-        at, inside = _places(part, fixed)
+        at, inside = _places(part, step, fixed)
         is_sink = at < sink  # recents lie behind all m, and move behind those that stay
         to = masked(jnp.where(is_sink, at, at + keep), inside)
         triton.store(old_ref.at[row, head, to], jnp.where(is_sink, at, at + size), mask=inside)
 
-    jax.lax.fori_loop(0, -(-fixed // PART), write_fixed, None)
-
-
-def _count(ref: Any, head: tuple[Array, Array], bar: Array | int) -> Array:
-    """How many of a head's scores are not below `bar`."""
-
-    def add(part: Array, total: Array) -> Array:
-        score, _, inside = _ordered(ref, head, part)
-        return total + _number(inside & (score >= bar))
-
-    return jax.lax.fori_loop(0, -(-ref.shape[2] // PART), add, jnp.int32(0))
+    jax.lax.fori_loop(0, -(-fixed // step), write_fixed, None)
 
 
 def _number(marks: Array) -> Array:
     return jnp.sum(marks.astype(jnp.int32))
 
 
-def _ordered(ref: Any, head: tuple[Array, Array], part: Array) -> tuple[Array, Array, Array]:
-    """PART scores as integers of the same order, their places, and which of them there are."""
-    at, inside = _places(part, ref.shape[2])
-    score = load(ref.at[*head, pl.ds(part * PART, PART)], inside)
+def _ordered(
+    ref: Any, head: tuple[Array, Array], step: int, part: Array
+) -> tuple[Array, Array, Array]:
+    """A part of the scores as integers of the same order, their places, and which there are."""
+    at, inside = _places(part, step, ref.shape[2])
+    score = load(ref.at[*head, pl.ds(part * step, step)], inside)
     score = jnp.where(score == 0, 0.0, score)  # which may have a sign
     bits = jax.lax.bitcast_convert_type(score, jnp.int32)
     # Of negative floats the higher bits are the lower numbers.
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), at, inside
 
 
-def _places(part: Array, size: int) -> tuple[Array, Array]:
-    """PART places, and which of them are among the first `size`."""
-    at = part * PART + jax.lax.broadcasted_iota(jnp.int32, (PART,), 0)
+def _places(part: Array, step: int, size: int) -> tuple[Array, Array]:
+    """The places of a part, and which of them are among the first `size`."""
+    at = part * step + jax.lax.broadcasted_iota(jnp.int32, (step,), 0)
     return at, at < size

@@ -40,16 +40,19 @@ def attend(
       q, k, v: T <= S; heads h of q share kv head h // (H/K).
       backend: one of BACKENDS. "auto" is resolved when the program is lowered, from the platform
         that it is compiled for: cuDNN on NVIDIA in bfloat16 or float16, splash on TPU, the
-        blocked form elsewhere and in float32.
+        blocked form elsewhere, in float32, and for one query where cuDNN would be taken.
 
     Raises:
       ValueError: an unknown backend, or cuDNN for a dtype that it has not.
     """
     check_backend(backend)
+    if backend == "cudnn" and cudnn.errs(q):
+        cudnn.check(q)
+        return blocked(q, k, v)
     if backend != "auto":
         return _FORMS[backend](q, k, v)
     special: dict[str, Callable[..., Array]] = {"tpu": splash}
-    if cudnn.takes(q) and nvidia.present():
+    if cudnn.takes(q) and not cudnn.errs(q) and nvidia.present():
         special["cuda"] = cudnn.causal
     return jax.lax.platform_dependent(q, k, v, default=blocked, **special)
 
@@ -74,7 +77,7 @@ def attend_behind(
         return attend(q, k, v, backend)
 
     apart = backend in ("auto", "cudnn") and cudnn.takes(q) and cudnn.has_parts()
-    if not apart or not old[0].shape[1]:
+    if not apart or cudnn.errs(q) or not old[0].shape[1]:
         return joined(q, *old, *new)
     if backend == "cudnn":
         return cudnn.behind(q, *old, *new)

@@ -51,6 +51,8 @@ SHAPES = [
     (3, 100, 256, 8, 2, 128),
     (2, 1022, 2048, 9, 3, 64),
     (1, 2046, 4096, 32, 8, 128),
+    (2, 1, 1, 9, 3, 64),  # of one query cuDNN would make something else
+    (2, 1, 300, 9, 3, 64),
 ]
 
 
@@ -76,6 +78,9 @@ def test_cudnn_is_the_naive_form(shape):
 
 
 BEHIND = [
+    (40, 1, 2048, 9, 3, 64),
+    (3, 1, 2048, 4, 4, 128),
+    (2, 2, 300, 9, 3, 64),
     (2, 100, 256, 8, 2, 128),
     (2, 4, 2054, 9, 3, 64),
     (3, 1022, 2048, 9, 3, 64),
@@ -310,9 +315,16 @@ def test_kernels_of_choosing_are_the_plain_form(bands, share):
     args = [jnp.swapaxes(x, 1, 2) for x in memory], (ROPE.rotate_tokens(k, at), v), maps
     (keys, values), old = jax.jit(functools.partial(kv.cuda_rounds, rope=ROPE))(*args)
     plain, want = jax.jit(functools.partial(kv.plain_rounds, rope=ROPE))(*args)
-    # A near tie may fall otherwise, and then the rounds behind it differ in that entry.
-    assert (old == want).mean() > 0.99
+    # A near tie may fall otherwise: then two entries change places. Behind it a head goes its own
+    # way, since what lies between them lies a slot elsewhere.
+    old, want = np.asarray(old), np.asarray(want)
     assert (np.diff(old, axis=-1) > 0).all()
-    same = jnp.moveaxis((old == want).all(axis=0), 1, 2)[:, None, ..., None]
+    alike = np.ones(old.shape[1:3], bool)
+    for mine, other in zip(old, want, strict=True):
+        changed = [np.setdiff1d(a, b).size for a, b in zip(mine[alike], other[alike], strict=True)]
+        assert max(changed) <= 2
+        alike &= (mine == other).all(axis=-1)
+    assert alike.mean() > 0.8
+    same = np.moveaxis((old == want).all(axis=0), 1, 2)[:, None, ..., None]
     for got, other in zip((keys, values), plain, strict=True):
         assert rel_l2(jnp.where(same, got, 0), jnp.where(same, other, 0)) < 0.004

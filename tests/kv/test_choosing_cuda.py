@@ -9,9 +9,9 @@ import pytest
 
 from freqkv_jax import nvidia
 from freqkv_jax.config import RopeConfig
-from freqkv_jax.kv import KeyNormConfig, SpectralNoveltyConfig
+from freqkv_jax.kv import KeyNormConfig, SpectralNoveltyConfig, choosing_cuda
 from freqkv_jax.kv.choosing import GRID, highest, rounds_of
-from freqkv_jax.kv.choosing_cuda import staying
+from freqkv_jax.kv.choosing_cuda import marked, staying
 from freqkv_jax.kv.policy import Slots
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import make_mesh
@@ -56,17 +56,22 @@ def test_the_rounds_are_the_plain_ones(kv, chunks, interpreted):
     assert not np.isnan(wide).any()
 
 
-# Spans below and above what is compared at a time, and no multiple of it; without sinks, recents,
-# or any that are chosen.
+# Spans below and above what is counted at a time; without sinks, recents, or any that are chosen.
 @pytest.mark.parametrize("sizes", [(300, 3, 20, 37), (60, 0, 0, 20), (200, 4, 150, 46)], ids=str)
-def test_who_stays_is_who_is_highest(sizes, interpreted):
+@pytest.mark.parametrize("part", [4096, 64])
+def test_who_stays_is_who_is_highest(sizes, part, interpreted, monkeypatch):
+    monkeypatch.setattr(choosing_cuda, "PART", part)
     kv = KeyNormConfig(*sizes)
     rng = np.random.default_rng(0)
-    score = jnp.asarray(rng.integers(0, 9, (2, 3, kv.span)), jnp.float32)  # many are equal
+    score = jnp.asarray(rng.integers(-5, 5, (3, 3, kv.span)), jnp.float32)  # many are equal
     score = score.at[0].set(1.0)  # or all
+    score = score.at[1].multiply(-1.0)  # zeros of both signs
+    score = jnp.where(score == -5, -jnp.inf, jnp.where(score == 4, jnp.inf, score))
     stay = functools.partial(staying, keep=kv.keep, sink=kv.sink_size, recent=kv.recent_size)
     want = kv._with_sinks(highest(score * GRID, kv.keep))
     np.testing.assert_array_equal(jax.jit(stay)(score), want)
+    chosen = jax.jit(functools.partial(marked, keep=kv.keep))(score)
+    np.testing.assert_array_equal(chosen, highest(score * GRID, kv.keep))
 
 
 def test_making_room_is_a_round(interpreted, monkeypatch):

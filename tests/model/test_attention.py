@@ -263,6 +263,24 @@ def test_cuda_attends_the_parts_apart(monkeypatch, old, internals, apart):
     assert len(calls) == apart
 
 
+@pytest.mark.parametrize("backend", ["auto", "cudnn"])
+@pytest.mark.parametrize("old", [0, 9])
+def test_cudnn_is_given_no_query_alone(monkeypatch, old, backend):
+    def never(*args):
+        raise AssertionError("cuDNN errs with one query")
+
+    monkeypatch.setattr(nvidia, "present", lambda: True)
+    monkeypatch.setattr(cudnn, "behind", never)
+    monkeypatch.setattr(cudnn, "causal", never)
+    monkeypatch.setitem(attention._FORMS, "cudnn", never)
+    q, k, v = inputs(1, old + 1, dim=64, dtype="bfloat16")
+    parts = (k[:, :old], v[:, :old]), (k[:, old:], v[:, old:])
+    for form, args in ((attend, (k, v)), (attend_behind, parts)):
+        one = jax.jit(lambda q, *args, form=form: form(q, *args, backend))
+        one.trace(q, *args).lower(lowering_platforms=("cuda",))
+        assert rel_l2(one(q, *args), reference(q, k, v)) <= BF16_PRIMITIVE_REL_L2
+
+
 def test_this_jax_has_what_the_parts_need():
     assert cudnn.has_parts()
 
