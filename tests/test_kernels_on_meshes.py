@@ -42,7 +42,10 @@ def compiled(function, specs, args):
 
 @pytest.mark.parametrize(
     "kv",
-    [FreqKVConfig(100, 4, 10), SpectralNoveltyConfig(48, recent_size=12, chunk=16)],
+    [
+        FreqKVConfig(100, 4, 10),
+        SpectralNoveltyConfig(48, recent_size=12, chunk=16, bands=20, value_share=0.5),
+    ],
     ids=["freqkv", "novelty"],
 )
 def test_rounds_and_their_gradients(kv, kernels):

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from freqkv_jax import nvidia
 from freqkv_jax.nvidia import columns, load, masked, store, triton, turned
 
 TILE = 32  # entries that a program holds at a time
+INFINITY = 0x7F800000  # its bits in float32
 PART = 4096  # scores of a head that are counted at a time, if there are so many
 
 
@@ -100,7 +101,13 @@ def _move(
 def entries(
     cache_ref: Any, new_ref: Any, at: tuple[Any, ...], first: int, width: int, inside: Array
 ) -> Array:
-    """Of entries of a full cache at (row, index, slots, head), `width` columns from `first` on."""
+    """In a kernel, entries of a full cache, [slots, width].
+
+    Args:
+      cache_ref, new_ref: k and k_new, or v and v_new, of a `Full`.
+      at: row, index, slots [slots], head. first, width: which columns. inside: bool [slots], which
+        of the slots there are.
+    """
     row, index, slot, head = at
     prefix, some = cache_ref.shape[2], columns(first, width)
     cached, shape = slot < prefix, (slot.shape[0], width)
@@ -125,8 +132,8 @@ def staying(score: Float[Array, "B K m"], keep: int, sink: int, recent: int) -> 
     return nvidia.call(kernel, (batch, heads), out)(score)
 
 
-def marked(score: Float[Array, "B K m"], keep: int) -> Array:
-    """bool [B, K, m]: the `keep` highest scores, of equal ones the lowest."""
+def marked(score: Float[Array, "B K m"], keep: int) -> Bool[Array, "B K m"]:
+    """Marks the `keep` highest scores, of equal ones the lowest."""
     if keep == 0:
         return jnp.zeros(score.shape, bool)
     batch, heads, size = score.shape
@@ -195,8 +202,9 @@ def _ordered(
     score = load(ref.at[*head, pl.ds(part * step, step)], inside)
     score = jnp.where(score == 0, 0.0, score)  # which may have a sign
     bits = jax.lax.bitcast_convert_type(score, jnp.int32)
-    # Of negative floats the higher bits are the lower numbers.
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), at, inside
+    # Of negative floats the higher bits are the lower numbers. NaN counts as infinity: no number
+    # may be the highest there is, for the one above it is asked for, too.
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, jnp.minimum(bits, INFINITY)), at, inside
 
 
 def _places(part: Array, step: int, size: int) -> tuple[Array, Array]:

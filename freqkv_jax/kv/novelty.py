@@ -11,12 +11,12 @@ from jaxtyping import Array
 
 from freqkv_jax.kv import choosing_cuda, novelty_cuda
 from freqkv_jax.kv.choosing import ChoosingPolicy, highest, on_grid
+from freqkv_jax.kv.novelty_cuda import TINY
 from freqkv_jax.kv.policy import Maps, real_number, register
 from freqkv_jax.rope import Rope
 from freqkv_jax.sharding import axis_size
 
 LOG_VALUE_WEIGHT = 0.3
-_TINY = 1e-30  # added to squared norms: a key of zeros has no direction
 
 
 @register
@@ -95,7 +95,7 @@ class SpectralNoveltyConfig(ChoosingPolicy):
 
     def choose(self, k: Array, v: Array, maps: Maps) -> Array:
         """The most novel entries, and of the others those with the best key and value."""
-        unit = k * jax.lax.rsqrt(_square(k) + _TINY)
+        unit = k * jax.lax.rsqrt(_square(k) + TINY)
         # float32 must be float32 on a GPU or TPU too.
         exact = jax.lax.Precision.HIGHEST
         bands = jnp.einsum("fm,bkmd->bkfd", maps["basis"], unit, precision=exact)
@@ -110,18 +110,20 @@ class SpectralNoveltyConfig(ChoosingPolicy):
 
     def chooser_on_gpu(self, rope: Rope, maps: Maps) -> Callable[[choosing_cuda.Full], Array]:
         """By kernels, unless bands are too many."""
-        if not novelty_cuda.scores_fit(self.bands, 2 * len(rope.frequencies)):
+        head_dim = 2 * len(rope.frequencies)
+        if not novelty_cuda.scores_fit(self.bands, head_dim):
             return super().chooser_on_gpu(rope, maps)
         slots = jnp.arange(self.span, dtype=jnp.int32) + self.sink_size
-        basis, back = novelty_cuda.padded(maps["basis"]), rope.turns(-slots)
+        basis, back = novelty_cuda.padded(maps["basis"], head_dim), rope.turns(-slots)
+        by_value = self.by_value > 0
 
         def choose(full: choosing_cuda.Full) -> Array:
-            score, from_mean = novelty_cuda.novelty(full, basis, back, self.sink_size)
+            score, *mean = novelty_cuda.novelty(full, basis, back, self.sink_size, by_value)
             compared = jnp.broadcast_to(on_grid(self._compared(score)), score.shape)
-            if self.by_value:
+            if by_value:
                 chosen = choosing_cuda.marked(compared, self.keep - self.by_value)
                 square = novelty_cuda.squares(full, self.sink_size, self.span)
-                worth = self._compared(_worth(square, from_mean))
+                worth = self._compared(_worth(square, *mean))
                 compared = jnp.where(chosen, jnp.inf, on_grid(worth))
             return choosing_cuda.staying(compared, self.keep, self.sink_size, self.recent_size)
 
@@ -144,7 +146,7 @@ class SpectralNoveltyConfig(ChoosingPolicy):
 
 def _worth(square: Array, from_mean: Array) -> Array:
     """Of entries, by |value|^2 and by how far the key is from the mean key."""
-    return LOG_VALUE_WEIGHT * jnp.log(square + _TINY) + from_mean
+    return LOG_VALUE_WEIGHT * jnp.log(square + TINY) + from_mean
 
 
 def _square(x: Array) -> Array:
@@ -153,4 +155,4 @@ def _square(x: Array) -> Array:
 
 def _cosine(unit: Array, other: Array) -> Array:
     """Of unit vectors with others (which broadcast), along the last axis."""
-    return jnp.sum(unit * other * jax.lax.rsqrt(_square(other) + _TINY), axis=-1)
+    return jnp.sum(unit * other * jax.lax.rsqrt(_square(other) + TINY), axis=-1)

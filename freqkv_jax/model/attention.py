@@ -40,7 +40,8 @@ def attend(
       q, k, v: T <= S; heads h of q share kv head h // (H/K).
       backend: one of BACKENDS. "auto" is resolved when the program is lowered, from the platform
         that it is compiled for: cuDNN on NVIDIA in bfloat16 or float16, splash on TPU, the
-        blocked form elsewhere, in float32, and for one query where cuDNN would be taken.
+        blocked form elsewhere and in float32. cuDNN is given no query alone (`cudnn.errs`), but
+        the blocked form is, if asked for by name, too.
 
     Raises:
       ValueError: an unknown backend, or cuDNN for a dtype that it has not.
@@ -68,7 +69,7 @@ def attend_behind(
     Args:
       old, new: keys and values.
       backend: as of `attend`. With cuDNN the parts are attended one by one (`cudnn.behind`), the
-        other forms read them joined.
+        other forms read them joined, and so does one query.
     """
     check_backend(backend)
 

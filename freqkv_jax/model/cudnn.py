@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 ATTENDED = "attended"  # the name by which rematerialisation knows what attention gives
 
@@ -26,12 +26,13 @@ def check(q: Array) -> None:
         )
 
 
-def errs(q: Array) -> bool:
-    """Whether cuDNN's kernels must not be given these queries, though it takes them: one alone.
+def errs(q: Float[Array, "B T H D"]) -> bool:
+    """Whether cuDNN must not be given these queries, though it takes them: one alone.
 
-    Where several heads share a kv head it writes the log-sum of the first of them only
-    (NVIDIA/cudnn-frontend issue 1083) and, under a causal mask, wrong results (release notes of
-    9.18). Perplexity through a chunk of one token was 29.7 where it is 19.3.
+    Perplexity through chunks of one token was 29.7 where it is 19.3, heads sharing kv heads.
+    NVIDIA's release notes of cuDNN 9.18 have wrong results for one query under a causal mask where
+    heads share, and NVIDIA/cudnn-frontend issue 1083 log-sums that are not written there; which of
+    these it was is not known. Heads that share none are kept from it as well.
     """
     return q.shape[1] == 1
 

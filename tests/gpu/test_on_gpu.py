@@ -51,8 +51,6 @@ SHAPES = [
     (3, 100, 256, 8, 2, 128),
     (2, 1022, 2048, 9, 3, 64),
     (1, 2046, 4096, 32, 8, 128),
-    (2, 1, 1, 9, 3, 64),  # of one query cuDNN would make something else
-    (2, 1, 300, 9, 3, 64),
 ]
 
 
@@ -78,8 +76,6 @@ def test_cudnn_is_the_naive_form(shape):
 
 
 BEHIND = [
-    (40, 1, 2048, 9, 3, 64),
-    (3, 1, 2048, 4, 4, 128),
     (2, 2, 300, 9, 3, 64),
     (2, 100, 256, 8, 2, 128),
     (2, 4, 2054, 9, 3, 64),
@@ -112,6 +108,23 @@ def test_parts_attended_apart_are_the_naive_form(shape):
     grads = gradients(naive)(q, k, v)
     for a, b in zip(gradients(apart)(*narrow), grads, strict=True):
         assert rel_l2(a.astype(jnp.float32), b) < 0.02
+
+
+@pytest.mark.parametrize("backend", ["auto", "cudnn"])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 1, 300), (40, 1, 2048)], ids=str)
+def test_one_query_is_the_naive_form(shape, backend):
+    """cuDNN would err with it."""
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in qkv(*shape, 9, 3, 64))
+    new = slice(shape[2] - 1, None)
+    want = attend(*(x.astype(jnp.float32) for x in (q, k, v)), "naive")
+    forms = (
+        lambda q, k, v: attend(q, k, v, backend),
+        lambda q, k, v: attend_behind(
+            q, (k[:, : new.start], v[:, : new.start]), (k[:, new], v[:, new]), backend
+        ),
+    )
+    for form in forms:
+        assert rel_l2(jax.jit(form)(q, k, v).astype(jnp.float32), want) < 0.01
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -321,10 +334,10 @@ def test_kernels_of_choosing_are_the_plain_form(bands, share):
     assert (np.diff(old, axis=-1) > 0).all()
     alike = np.ones(old.shape[1:3], bool)
     for mine, other in zip(old, want, strict=True):
-        changed = [np.setdiff1d(a, b).size for a, b in zip(mine[alike], other[alike], strict=True)]
-        assert max(changed) <= 2
+        pairs = zip(mine[alike], other[alike], strict=True)
+        assert max(np.setdiff1d(a, b).size for a, b in pairs) <= 1
         alike &= (mine == other).all(axis=-1)
     assert alike.mean() > 0.8
-    same = np.moveaxis((old == want).all(axis=0), 1, 2)[:, None, ..., None]
+    same = alike[:, None, None, :, None]
     for got, other in zip((keys, values), plain, strict=True):
         assert rel_l2(jnp.where(same, got, 0), jnp.where(same, other, 0)) < 0.004

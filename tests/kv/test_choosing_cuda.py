@@ -20,6 +20,7 @@ ROPE = Rope(RopeConfig(1e4), 64)
 SIZES = {"cache_size": 100, "sink_size": 3, "recent_size": 20, "chunk": 37}
 POLICIES = [
     SpectralNoveltyConfig(bands=1, **SIZES),
+    SpectralNoveltyConfig(bands=3, **SIZES),
     SpectralNoveltyConfig(bands=20, recency=0.3, **SIZES),
     SpectralNoveltyConfig(bands=4, shared_heads=True, **SIZES),
     SpectralNoveltyConfig(bands=4, value_share=0.5, **SIZES),
@@ -72,6 +73,16 @@ def test_who_stays_is_who_is_highest(sizes, part, interpreted, monkeypatch):
     np.testing.assert_array_equal(jax.jit(stay)(score), want)
     chosen = jax.jit(functools.partial(marked, keep=kv.keep))(score)
     np.testing.assert_array_equal(chosen, highest(score * GRID, kv.keep))
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0xFFFFFFFF])
+def test_not_a_number_leaves_as_many(bits, interpreted):
+    """A GPU's NaN is the first of these; slots that nobody wrote would be read behind the cache."""
+    kv = KeyNormConfig(*(100, 3, 20, 37))
+    nan = jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
+    score = jnp.full((1, 2, kv.span), nan).at[0, 1, 5:].set(1.0)
+    old = np.asarray(staying(score, kv.keep, kv.sink_size, kv.recent_size))
+    assert (np.diff(old, axis=-1) > 0).all() and old.min() == 0 and old.max() == kv.cache_size - 1
 
 
 def test_making_room_is_a_round(interpreted, monkeypatch):
