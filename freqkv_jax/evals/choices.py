@@ -16,7 +16,7 @@ from freqkv_jax.evals.kept import (
     kept_places,
     left_after_rounds,
     left_by_round,
-    rounds_of,
+    rounds_followed,
     survival,
 )
 from freqkv_jax.evals.spectrum import pack as pack_floats
@@ -81,7 +81,7 @@ class Choices:
 
     def _length(self, engine: Engine) -> int:
         kv = engine.model.kv
-        rounds = rounds_of(kv, self.seq_len)
+        rounds = rounds_followed(kv, self.seq_len)
         assert kv.capacity is not None
         return kv.capacity + rounds * kv.chunk
 
@@ -94,7 +94,7 @@ class Choices:
         return [self._record(engine, int(item.key.split("/")[1])) for item in batch]
 
     def _record(self, engine: Engine, start: int) -> Record:
-        kv, rounds = engine.model.kv, rounds_of(engine.model.kv, self.seq_len)
+        kv, rounds = engine.model.kv, rounds_followed(engine.model.kv, self.seq_len)
         record: Record = {"start": start}
         arrays: dict[str, Any] = {}
         if isinstance(kv, LinearPolicy):
@@ -137,7 +137,7 @@ class Choices:
 
     def summarize(self, engine: Engine, records: Sequence[Record]) -> dict[str, Any]:
         """Means over the windows, and the sizes that places and rounds refer to."""
-        kv, rounds = engine.model.kv, rounds_of(engine.model.kv, self.seq_len)
+        kv, rounds = engine.model.kv, rounds_followed(engine.model.kv, self.seq_len)
         about: dict[str, Any] = {
             "chooses": isinstance(kv, ChoosingPolicy),
             "rounds": rounds,

@@ -110,7 +110,7 @@ class WatchedPolicy(KVPolicy):
         return Watched(left, jnp.asarray(place), memory.read)
 
 
-def rounds_of(kv: KVPolicy, seq_len: int) -> int:
+def rounds_followed(kv: KVPolicy, seq_len: int) -> int:
     """Rounds after which a whole chunk was read of a text of `seq_len` tokens.
 
     Raises:
@@ -139,7 +139,7 @@ def kept_places(
     kv = model.kv
     assert isinstance(kv, ChoosingPolicy)
     watching = model.clone(kv=WatchedPolicy(kv))
-    rounds = rounds_of(kv, len(tokens))
+    rounds = rounds_followed(kv, len(tokens))
     text = np.asarray(tokens, np.int32)[None]
     _, state = prefill(watching, params, text[:, : kv.capacity])
     for number in range(rounds):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -59,20 +60,21 @@ class Attention(nn.Module):
     def __call__(self, x: Array, rope: Rope, maps: Maps, length: int) -> Array:
         """Parallel form on a whole text, from an empty cache: [B, T, E] to [B, T, E], of which
         `length` tokens are the text."""
-        q, k, v = (y[:, :length] for y in self._project(x))
         capacity = self.kv.capacity
         head = length if capacity is None else min(length, capacity)
+        sizes = (head, length - head, x.shape[1] - length)
+        (q, k, v), behind, _ = _split(self._project(x), sizes)
         at = jnp.arange(head, dtype=jnp.int32)
         at = self.kv.position(at, at)
-        q_head, k_head = (rope.rotate_tokens(y[:, :head], at) for y in (q, k))
-        out = attend(q_head, k_head, v[:, :head], self.backend)
+        q_head, k_head = (rope.rotate_tokens(y, at) for y in (q, k))
+        out = attend(q_head, k_head, v, self.backend)
         if head == length:
             return self._merge(out, x.shape[1])
         memory = self.kv.init(x.shape[0], k.shape[2], k.shape[3], k.dtype)
         queries = q_head if "queries" in self.kv.needs else None
-        memory = self.kv.append(memory, k_head, v[:, :head], 0, queries=queries)
+        memory = self.kv.append(memory, k_head, v, 0, queries=queries)
         seen = jnp.full((x.shape[0],), head, jnp.int32)
-        q, k, v = (y[:, head:] for y in (q, k, v))
+        q, k, v = behind
         rest, _ = self._chunks(q, k, v, memory, seen, None, rope, maps)
         return self._merge(jnp.concatenate([out, rest], axis=1), x.shape[1])
 
@@ -118,13 +120,14 @@ class Attention(nn.Module):
             return self._some_chunks(q, k, v, memory, seen + start, some, rope, maps)
 
         outs = []
+        loop, *parts = _split((q, k, v), (looped, full - looped, total - full))
         if looped:
-            out, memory = _one_by_one(some, memory, each, *(y[:, :looped] for y in (q, k, v)))
+            out, memory = _one_by_one(some, memory, each, *loop)
             outs.append(out)
             some = jax.checkpoint(some, policy=cudnn.keeps)
-        for start, stop in ((looped, full), (full, total)):
-            if start < stop:
-                out, memory = some(memory, start, *(y[:, start:stop] for y in (q, k, v)))
+        for start, part in zip((looped, full), parts, strict=True):
+            if part[0].shape[1]:
+                out, memory = some(memory, start, *part)
                 outs.append(out)
         return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0], memory
 
@@ -194,6 +197,12 @@ class Attention(nn.Module):
         if x.shape[1] == 1:
             return self._merge(attend_rows(q, k_all, v_all, slot, q.shape[2])), memory
         return self._merge(attend_cache(q, k_all, v_all, fill)), memory
+
+
+def _split(arrays: Sequence[Array], sizes: Sequence[int]) -> list[tuple[Array, ...]]:
+    """Parts of so many tokens, each of all arrays [B, T, ...]. Backwards the gradients of parts are
+    joined; those of slices would be padded and added, which XLA makes one slow kernel of."""
+    return list(zip(*(jax.lax.split(x, sizes, axis=1) for x in arrays), strict=True))
 
 
 def _part(chunks: int, most: int) -> int:

@@ -20,7 +20,7 @@ from freqkv_jax.evals.kept import (
     kept_places,
     left_after_rounds,
     left_by_round,
-    rounds_of,
+    rounds_followed,
     survival,
 )
 from freqkv_jax.evals.report_blocks import Figure, Table
@@ -271,7 +271,7 @@ def test_mistakes(kv, options, message, data):
 
 
 def test_rounds_are_those_of_whole_chunks():
-    assert [rounds_of(KNORM, length) for length in (62, 72, 73)] == [2, 2, 3]
+    assert [rounds_followed(KNORM, length) for length in (62, 72, 73)] == [2, 2, 3]
 
 
 def made(kv, data, **options):
