@@ -48,12 +48,13 @@ class LinearPolicy(KVPolicy):
                 f"{self.sink_size}, recent_size={self.recent_size}, cache_size={self.cache_size};"
                 " raise cache_size or lower the others"
             )
-        ratio = real_number(self.retain_ratio)
-        if ratio is None or not 0 <= ratio < 1:
-            raise ValueError(
-                f"retain_ratio must be in [0, 1), got {self.retain_ratio!r}; it is the share of the"
-                " span that is kept at each compression (1 would free nothing)"
-            )
+        ratio = real_number(
+            "retain_ratio",
+            self.retain_ratio,
+            lambda ratio: 0 <= ratio < 1,
+            "in [0, 1)",
+            "the share of the span that is kept at each compression (1 would free nothing)",
+        )
         object.__setattr__(self, "retain_ratio", ratio)
 
     @property

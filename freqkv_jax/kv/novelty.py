@@ -63,20 +63,14 @@ class SpectralNoveltyConfig(ChoosingPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._whole("bands", 1)
-        share = real_number(self.value_share)
-        if share is None or not 0 <= share <= 1:
-            raise ValueError(
-                f"value_share must be in [0, 1], got {self.value_share!r}; it is the share of the"
-                " chosen entries that are chosen by value (0 chooses by novelty alone)"
-            )
-        object.__setattr__(self, "value_share", share)
-        weight = real_number(self.recency)
-        if weight is None or not 0 <= weight < float("inf"):
-            raise ValueError(
-                f"recency must be a finite number >= 0, got {self.recency!r}; it is what the newest"
-                " entry is ahead of the oldest (0 for nothing)"
-            )
-        object.__setattr__(self, "recency", weight)
+        share = "the share of the chosen entries that are chosen by value (0: by novelty alone)"
+        ahead = "what the newest entry is ahead of the oldest (0 for nothing)"
+        for field, fits, allowed, meaning in (
+            ("value_share", lambda x: 0 <= x <= 1, "in [0, 1]", share),
+            ("recency", lambda x: 0 <= x < float("inf"), "a finite number >= 0", ahead),
+        ):
+            number = real_number(field, getattr(self, field), fits, allowed, meaning)
+            object.__setattr__(self, field, number)
         if not isinstance(self.shared_heads, bool):
             raise ValueError(f"shared_heads must be true or false, got {self.shared_heads!r}")
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -297,9 +297,13 @@ def whole_number(field: str, value: Any, low: int) -> int:
     return whole
 
 
-def real_number(value: Any) -> float | None:
-    """`value` as a float; None unless it is a number (true and false are none)."""
-    return None if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
+def real_number(
+    field: str, value: Any, fits: Callable[[float], bool], allowed: str, meaning: str
+) -> float:
+    """`value` as a float; ValueError unless it is a number (true and false are none) that fits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(float(value)):
+        raise ValueError(f"{field} must be {allowed}, got {value!r}; it is {meaning}")
+    return float(value)
 
 
 def policy_to_dict(kv: KVPolicy) -> dict[str, Any]:
