@@ -92,6 +92,11 @@ def exact_dot(a: Array, b: Array, trans_a: bool = False) -> Array:
     return jax.lax.dot_general(a, b, (sides, ((), ())), precision, jnp.float32)
 
 
+def places(first: int | Array, width: int) -> Array:
+    """In a kernel, places `first`, `first` + 1, ..., int32 [width]."""
+    return first + jax.lax.broadcasted_iota(jnp.int32, (width,), 0)
+
+
 def columns(first: int | Array, width: int) -> Array:
     """Places `first`, `first` + 1, ... [1, width] beside others that are reckoned: of these and of
     slices together Pallas' interpreter takes none."""

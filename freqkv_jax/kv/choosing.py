@@ -108,7 +108,7 @@ class ChoosingPolicy(KVPolicy):
 
     def make_room(self, memory: Memory, rope: Rope, maps: Maps) -> Memory:
         """Chooses from the keys turned back, and moves what stays to its new slots."""
-        if self.has_kernels(memory.k, 1):
+        if self._has_kernels(memory.k, 1):
             return self._make_room_by_rounds(memory, rope, maps)
         with jax.named_scope("make_room"):
             middle = slice(self.sink_size, self.cache_size - self.recent_size)
@@ -140,7 +140,7 @@ class ChoosingPolicy(KVPolicy):
             at = jnp.arange(self.prefix, self.capacity, dtype=jnp.int32)
             tokens = (rope.rotate_tokens(k, at).astype(memory.k.dtype), v.astype(memory.v.dtype))
             first = (jnp.swapaxes(memory.k, 1, 2), jnp.swapaxes(memory.v, 1, 2))
-            caches = rounds_of(self, rope, self.has_kernels(memory.k, 1))(first, tokens, maps)
+            caches = rounds_of(self, rope, self._has_kernels(memory.k, 1))(first, tokens, maps)
             return ChunkCaches(*caches, memory_after(memory, caches, tokens, counts))
 
     def _make_room_by_rounds(self, memory: Slots, rope: Rope, maps: Maps) -> Slots:
@@ -157,7 +157,7 @@ class ChoosingPolicy(KVPolicy):
             )
             return Slots(k, v)
 
-    def has_kernels(self, x: Array, heads: int) -> bool:
+    def _has_kernels(self, x: Array, heads: int) -> bool:
         return self.prefix > 0 and nvidia.suits(x, heads)
 
     def plain_rounds(

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from freqkv_jax import nvidia
-from freqkv_jax.nvidia import columns, load, masked, store, triton, turned
+from freqkv_jax.nvidia import columns, load, masked, places, store, triton, turned
 
 TILE = 32  # entries that a program holds at a time
 INFINITY = 0x7F800000  # its bits in float32
@@ -79,7 +79,7 @@ def _move(
     row, head, tile = (pl.program_id(axis) for axis in range(3))
     index, prefix, half = index_ref[0], k_ref.shape[2], cos_ref.shape[1]
     here = pl.ds(tile * TILE, TILE)
-    slot = tile * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    slot = places(tile * TILE, TILE)
     inside, shape = slot < prefix, (TILE, half)
     old = load(old_ref.at[row, head, here], inside)
     turn = jnp.where(inside, old - slot, 0)[:, None]
@@ -182,8 +182,9 @@ def _staying(score_ref: Any, old_ref: Any, *, keep: int, sink: int, step: int) -
     jax.lax.fori_loop(0, parts, write, (jnp.int32(0), jnp.int32(0)))
 
     def write_fixed(part: Array, _: None) -> None:
-        at, inside = _places(part, step, fixed)
-        is_sink = at < sink  # recents lie behind all m, and move behind those that stay
+        at = places(part * step, step)
+        inside, is_sink = at < fixed, at < sink
+        # Recents lie behind all m, and move behind those that stay
         to = masked(jnp.where(is_sink, at, at + keep), inside)
         triton.store(old_ref.at[row, head, to], jnp.where(is_sink, at, at + size), mask=inside)
 
@@ -198,16 +199,11 @@ def _ordered(
     ref: Any, head: tuple[Array, Array], step: int, part: Array
 ) -> tuple[Array, Array, Array]:
     """A part of the scores as integers of the same order, their places, and which there are."""
-    at, inside = _places(part, step, ref.shape[2])
+    at = places(part * step, step)
+    inside = at < ref.shape[2]
     score = load(ref.at[*head, pl.ds(part * step, step)], inside)
     score = jnp.where(score == 0, 0.0, score)  # which may have a sign
     bits = jax.lax.bitcast_convert_type(score, jnp.int32)
     # Of negative floats the higher bits are the lower numbers. NaN counts as infinity: no number
     # may be the highest there is, for the one above it is asked for, too.
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, jnp.minimum(bits, INFINITY)), at, inside
-
-
-def _places(part: Array, step: int, size: int) -> tuple[Array, Array]:
-    """The places of a part, and which of them are among the first `size`."""
-    at = part * step + jax.lax.broadcasted_iota(jnp.int32, (step,), 0)
-    return at, at < size

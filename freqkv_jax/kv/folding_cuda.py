@@ -19,7 +19,7 @@ from freqkv_jax import nvidia
 from freqkv_jax.folding import product
 from freqkv_jax.kv.linear import UNROLLED
 from freqkv_jax.kv.policy import Slots
-from freqkv_jax.nvidia import columns, load, masked, store, turned
+from freqkv_jax.nvidia import columns, load, masked, places, store, turned
 from freqkv_jax.rope import Rope
 
 TILE = 32  # entries, or pairs of entries, that a program holds at a time
@@ -101,7 +101,7 @@ def _first_fold(*refs: Any, sizes: Sizes) -> None:
     *given, out_ref = refs
     tile, head, row = (pl.program_id(axis) for axis in range(3))
     cols, dim = out_ref.shape[1], out_ref.shape[5]
-    here = tile * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    here = places(tile * TILE, TILE)
     inside = here < cols
     # What stands behind the span meets zeros of the map: any entry will do.
     place = jnp.minimum(here, sizes.keep - 1)
@@ -186,7 +186,7 @@ def _write_pairs(
     """Entries i and L-1-i of the mapped ones, which are sum and difference of the same halves."""
     stream, halves_ref, turns = refs[:4], refs[6], refs[7:9]
     half = turns[0].shape[1]
-    front = first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    front = places(first, TILE)
     back = sizes.keep - 1 - front
     masks = (front < (sizes.keep + 1) // 2, front < sizes.keep // 2)
     raw = (index + 1) * sizes.keep
@@ -224,7 +224,7 @@ def _write_others(
     """Sinks, as they rest, recents, and zeros behind what is folded."""
     stream, sink_refs, turns = refs[:4], refs[4:6], refs[7:9]
     half = turns[0].shape[1]
-    place = first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    place = places(first, TILE)
     inside, sunk = place < sizes.prefix - sizes.keep, place < sizes.sink
     slot = jnp.where(sunk, place, place + sizes.keep)
     raw = (index + 1) * sizes.keep + place - sizes.sink

@@ -18,7 +18,7 @@ from freqkv_jax import nvidia
 from freqkv_jax.folding import product
 from freqkv_jax.kv.folding_cuda import TILE, Sizes, store_folded, turned_to, unrolled
 from freqkv_jax.kv.policy import Parts, Slots
-from freqkv_jax.nvidia import columns, load, masked, store
+from freqkv_jax.nvidia import columns, load, masked, places, store
 from freqkv_jax.rope import Rope
 
 
@@ -150,7 +150,7 @@ def _kernel(
     outs = refs[2:] if aliased else refs
     at = (pl.program_id(2), pl.program_id(1))  # row, head
     half = turns[0].shape[1]
-    front = pl.program_id(0) * TILE + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    front = places(pl.program_id(0) * TILE, TILE)
     back = sizes.keep - 1 - front
     # An odd L has an entry in the middle, which is its own other one.
     masks = (front < (sizes.keep + 1) // 2, front < sizes.keep // 2)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from freqkv_jax import nvidia
 from freqkv_jax.kv.choosing_cuda import TILE, Full, entries
-from freqkv_jax.nvidia import exact_dot, load, triton, turned
+from freqkv_jax.nvidia import exact_dot, load, places, triton, turned
 
 # About so many programs share the entries of a text that are scored, eight a processor of a Hopper.
 # How many texts there are must not change in which order sums are taken.
@@ -86,21 +86,15 @@ def _bands(index_ref: Any, basis_ref: Any, *refs: Any, start: int, length: int) 
         first = part * length + tile * TILE
         basis, inside = _basis(basis_ref, first)
         units = _units(index_ref, given, (row, head), first, start, inside)
-        if rows >= LEAST:
-            return [s + exact_dot(basis[0], x) for s, x in zip(sums, units, strict=True)]
-        # Sums of a thread's own numbers, added up over the entries once, behind the loop.
-        each = [weight[:, None] * x for weight in basis for x in units]
+        each = [_weighted(weights, x) for weights in basis for x in units]
         return [s + x for s, x in zip(sums, each, strict=True)]
 
-    shapes = [(rows, half)] * 2 if rows >= LEAST else [(TILE, half)] * (2 * rows)
-    zeros = [jnp.zeros(shape, jnp.float32) for shape in shapes]
-    sums = jax.lax.fori_loop(0, length // TILE, add, zeros)
+    groups, many = _groups(rows), rows >= LEAST
+    zeros = jnp.zeros((rows if many else TILE, half), jnp.float32)
+    sums = jax.lax.fori_loop(0, length // TILE, add, [zeros] * (2 * len(groups)))
     for number, x in enumerate(sums):
-        dims = pl.ds(number % 2 * half, half)
-        if rows >= LEAST:
-            out_ref[row, head, part, pl.ds(0, rows), dims] = x
-        else:
-            out_ref[row, head, part, jnp.int32(number // 2), dims] = jnp.sum(x, axis=0)
+        place = out_ref.at[row, head, part, groups[number // 2], pl.ds(number % 2 * half, half)]
+        place[...] = x if many else jnp.sum(x, axis=0)
 
 
 def _scores(index_ref: Any, basis_ref: Any, *refs: Any, start: int, length: int) -> None:
@@ -109,15 +103,17 @@ def _scores(index_ref: Any, basis_ref: Any, *refs: Any, start: int, length: int)
     given, bands_ref, out_refs = refs[:4], refs[4], refs[5:]
     row, head, part = (pl.program_id(axis) for axis in range(3))
     rows, half = basis_ref.shape[0], given[0].shape[1]
-    every = [pl.ds(0, rows)] if rows >= LEAST else [jnp.int32(r) for r in range(rows)]
-    bands = [[bands_ref[row, head, r, pl.ds(first, half)] for r in every] for first in (0, half)]
+    bands = [
+        [bands_ref[row, head, group, pl.ds(first, half)] for group in _groups(rows)]
+        for first in (0, half)
+    ]
     means = [bands_ref[row, head, jnp.int32(0), pl.ds(first, half)][None] for first in (0, half)]
 
     def write(tile: Array, _: None) -> None:
         first = part * length + tile * TILE
         basis, inside = _basis(basis_ref, first)
         units = _units(index_ref, given, (row, head), first, start, inside)
-        lows = [_low_pass(basis, band, rows) for band in bands]
+        lows = [_low_pass(basis, band) for band in bands]
         for ref, others in zip(out_refs, (lows, means), strict=False):
             along = jnp.sum(units[0] * others[0] + units[1] * others[1], axis=1)
             square = jnp.sum(others[0] * others[0] + others[1] * others[1], axis=1)
@@ -127,24 +123,36 @@ def _scores(index_ref: Any, basis_ref: Any, *refs: Any, start: int, length: int)
     jax.lax.fori_loop(0, length // TILE, write, None)
 
 
-def _low_pass(basis: list[Array], band: list[Array], rows: int) -> Array:
-    """Of one half of TILE entries, [TILE, D/2]."""
-    if rows >= LEAST:
-        return exact_dot(basis[0], band[0], trans_a=True)
-    each = [weight[:, None] * x[None] for weight, x in zip(basis, band, strict=True)]
-    return functools.reduce(jnp.add, each)
+def _groups(rows: int) -> list[Any]:
+    """The rows of a low-pass that are held as one: all, or each where they are few."""
+    return [pl.ds(0, rows)] if rows >= LEAST else [jnp.int32(row) for row in range(rows)]
 
 
 def _basis(basis_ref: Any, first: Array) -> tuple[list[Array], Array]:
-    """Columns of the low-pass from `first` on, one [rows, TILE] or, where rows are few, of each
-    [TILE]; and which of them there are."""
+    """TILE columns of the low-pass from `first` on, of each group [rows, TILE] or, where rows are
+    few, [TILE]; and which of them there are."""
     rows, size = basis_ref.shape
-    inside = first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0) < size
+    inside = places(first, TILE) < size
+    mask = jnp.broadcast_to(inside[None], (rows, TILE)) if rows >= LEAST else inside
     here = pl.ds(first, TILE)
-    if rows >= LEAST:
-        mask = jnp.broadcast_to(inside[None], (rows, TILE))
-        return [load(basis_ref.at[pl.ds(0, rows), here], mask)], inside
-    return [load(basis_ref.at[jnp.int32(row), here], inside) for row in range(rows)], inside
+    return [load(basis_ref.at[group, here], mask) for group in _groups(rows)], inside
+
+
+def _weighted(weights: Array, x: Array) -> Array:
+    """What a tile of x [TILE, D/2] gives to sums over all entries: [rows, D/2]; of a single row's
+    weights [TILE, D/2], a thread's own numbers, to be added up over the entries once at the end."""
+    return weights[:, None] * x if weights.ndim == 1 else exact_dot(weights, x)
+
+
+def _low_pass(basis: list[Array], bands: list[Array]) -> Array:
+    """Of one half of TILE entries, [TILE, D/2]."""
+    each = [
+        weights[:, None] * band[None]
+        if weights.ndim == 1
+        else exact_dot(weights, band, trans_a=True)
+        for weights, band in zip(basis, bands, strict=True)
+    ]
+    return functools.reduce(jnp.add, each)
 
 
 def _units(
@@ -163,7 +171,7 @@ def _units(
         load(ref.at[pl.ds(first, TILE), pl.ds(0, half)], inside, (TILE, half))
         for ref in (cos_ref, sin_ref)
     )
-    slot = start + first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
+    slot = places(start + first, TILE)
     low, high = (
         entries(cache_ref, new_ref, (row, index_ref[0], slot, head), column, half, inside).astype(
             jnp.float32

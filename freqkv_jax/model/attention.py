@@ -47,14 +47,11 @@ def attend(
       ValueError: an unknown backend, or cuDNN for a dtype that it has not.
     """
     check_backend(backend)
-    if backend == "cudnn" and cudnn.errs(q):
-        cudnn.check(q)
-        return blocked(q, k, v)
     if backend != "auto":
         return _FORMS[backend](q, k, v)
     special: dict[str, Callable[..., Array]] = {"tpu": splash}
-    if cudnn.takes(q) and not cudnn.errs(q) and nvidia.present():
-        special["cuda"] = cudnn.causal
+    if cudnn.takes(q) and nvidia.present():
+        special["cuda"] = _by_cudnn
     return jax.lax.platform_dependent(q, k, v, default=blocked, **special)
 
 
@@ -166,6 +163,14 @@ def _softmax_average(q: Array, k: Array, v: Array, first: Array) -> Array:
     ).astype(q.dtype)
 
 
+def _by_cudnn(q: Array, k: Array, v: Array) -> Array:
+    """cuDNN's form, but of one query, with which it errs."""
+    if not cudnn.errs(q):
+        return cudnn.causal(q, k, v)
+    cudnn.check(q)
+    return blocked(q, k, v)
+
+
 def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     """Splash attention (TPU). Under a mesh each device runs it on its own rows and heads."""
 
@@ -212,4 +217,4 @@ def _heads_major(x: Array) -> Array:
     return jnp.swapaxes(x, 1, 2)
 
 
-_FORMS = {"naive": naive, "blocked": blocked, "cudnn": cudnn.causal, "splash": splash}
+_FORMS = {"naive": naive, "blocked": blocked, "cudnn": _by_cudnn, "splash": splash}

@@ -134,7 +134,7 @@ def _width(width: int) -> int:
 def _here(index: Any, width: int) -> tuple[Any, Array]:
     """The columns of part `index`, and which of them there are."""
     size = _width(width)
-    columns = index * size + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+    columns = nvidia.places(index * size, size)
     return pl.ds(index * size, size), columns < width
 
 

@@ -320,8 +320,11 @@ def test_kernels_of_the_rounds_are_the_plain_form(kv):
         assert rel_l2(got.astype(jnp.float32), want) < 0.02
 
 
-@pytest.mark.parametrize(("bands", "share"), [(1, 0), (4, 0), (16, 1 / 3), (64, 0)])
-def test_kernels_of_choosing_are_the_plain_form(bands, share):
+@pytest.mark.parametrize(
+    ("bands", "share", "places"),
+    [(1, 0, 0.99), (4, 0, 0.99), (16, 1 / 3, 0.97), (64, 0, 0.99)],
+)
+def test_kernels_of_choosing_are_the_plain_form(bands, share, places):
     kv = fk.SpectralNoveltyConfig(4096, chunk=256, bands=bands, value_share=share)
     memory, k, v, maps = full_cache(kv, 6)
     at = jnp.arange(kv.prefix, kv.capacity)
@@ -337,7 +340,7 @@ def test_kernels_of_choosing_are_the_plain_form(bands, share):
         pairs = zip(mine[alike], other[alike], strict=True)
         assert max(np.setdiff1d(a, b).size for a, b in pairs) <= 1
         alike &= (mine == other).all(axis=-1)
-    assert alike.mean() > 0.8
+    assert (old == want).mean() > places
     same = alike[:, None, None, :, None]
     for got, other in zip((keys, values), plain, strict=True):
         assert rel_l2(jnp.where(same, got, 0), jnp.where(same, other, 0)) < 0.004

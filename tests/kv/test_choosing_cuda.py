@@ -79,7 +79,7 @@ def test_who_stays_is_who_is_highest(sizes, part, interpreted, monkeypatch):
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0xFFFFFFFF])
 def test_not_a_number_leaves_as_many(bits, interpreted):
     """A GPU's NaN is the first of these; slots that nobody wrote would be read behind the cache."""
-    kv = KeyNormConfig(*(100, 3, 20, 37))
+    kv = KeyNormConfig(**SIZES)
     nan = jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
     score = jnp.full((1, 2, kv.span), nan).at[0, 1, 5:].set(1.0)
     old = np.asarray(staying(score, kv.keep, kv.sink_size, kv.recent_size))

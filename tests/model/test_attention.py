@@ -272,7 +272,6 @@ def test_cudnn_is_given_no_query_alone(monkeypatch, old, backend):
     monkeypatch.setattr(nvidia, "present", lambda: True)
     monkeypatch.setattr(cudnn, "behind", never)
     monkeypatch.setattr(cudnn, "causal", never)
-    monkeypatch.setitem(attention._FORMS, "cudnn", never)
     q, k, v = inputs(1, old + 1, dim=64, dtype="bfloat16")
     parts = (k[:, :old], v[:, :old]), (k[:, old:], v[:, old:])
     for form, args in ((attend, (k, v)), (attend_behind, parts)):
