@@ -53,7 +53,7 @@ def test_the_rule(tmp_path, monkeypatch, capsys):
     assert got["novelty"] == novelty
     assert got["novelty-512"] == novelty | {"cache_size": 512, "recent_size": 128, "chunk": 64}
     assert got["novelty-recency"] == novelty | {"recency": 0.3}
-    assert got["novelty-Q1"] == novelty | {"chunk": 1}
+    assert got["novelty-Q16"] == novelty | {"chunk": 16}
     assert got["novelty-true"] == novelty | {"policy": "novelty_true"}
     assert got["window"] == {"policy": "sink_window", "cache_size": 2048}
     assert got["keydiff-1024"]["recent_size"] == 512 and got["keydiff-1024"]["value_share"] == 0

@@ -48,7 +48,7 @@ def measure_all(request: Row) -> Iterator[Row]:
                 yield row | {"skipped": "the time budget is spent"}
                 continue
             try:
-                with torch.inference_mode():
+                with torch.no_grad():  # CUDA graphs fail in inference_mode (pytorch issue 135892)
                     call = prepare(model, request["batch"], length, request["repeats"])
                     yield row | _time(call, request["repeats"])
             except torch.OutOfMemoryError:
@@ -121,7 +121,12 @@ def _decode_compiled(model: Any, batch: int, length: int, repeats: int) -> Calla
     import torch
     import transformers
 
-    past = transformers.StaticCache(config=model.config, max_cache_len=length)
+    config = model.config
+    past = transformers.StaticCache(config=config, max_cache_len=length)
+    # Only what is made outside the compiled step has an address that CUDA graphs may count on.
+    past.early_initialization(
+        batch, config.num_key_value_heads, config.head_dim, model.dtype, model.device
+    )
     steps = max(1, min(STEPS, length // (repeats + 3)))
 
     def step(token: Any) -> Any:

@@ -92,6 +92,7 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         check_model_options(self.dtype, self.attention)
+        self.kv.check_dtype(self.dtype)
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is unknown; allowed: {', '.join(REMAT)}")
         self.embed = Embed(self.config, self.dtype)

@@ -317,6 +317,7 @@ def _check_together(cfg: RunConfig) -> None:
     """What no section can see alone."""
     try:
         check_model_options(cfg.model.dtype, cfg.model.attention)
+        cfg.kv.check_dtype(cfg.model.dtype)
     except ValueError as error:
         raise ValueError(f"model: {error}") from None
     for problem in _contradictions(cfg):

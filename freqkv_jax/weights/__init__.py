@@ -52,6 +52,7 @@ def load_pretrained(
     check_model_options(dtype, attention)
     source = open_source(path)
     policy = kv or _remembered(source, adapter) or FreqKVConfig()
+    policy.check_dtype(dtype)
     params = load_params(source, dtype, mesh, float32=float32)
     _warn_beyond_window(source.config, policy)
     model = Llama(source.config, policy, dtype, attention)

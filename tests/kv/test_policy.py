@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import freqkv_jax as fk
 from freqkv_jax.config import SHAPES
 from freqkv_jax.kv import (
     POLICIES,
@@ -27,8 +28,10 @@ from freqkv_jax.kv import (
 )
 from freqkv_jax.kv.policy import write_slots
 from freqkv_jax.kv.state import empty_state
+from freqkv_jax.rope import Rope
 from tests.kv.attended_fixture import AttendedPolicy
 from tests.tiny import tiny_config
+from tests.tolerances import rel_l2
 
 
 def test_the_registry():
@@ -133,6 +136,36 @@ BAD_SIZES = [
 def test_bad_sizes(cls, sizes, message):
     with pytest.raises(ValueError, match=message):
         cls(**sizes)
+
+
+def worn(rounds, dtype):
+    """Relative error of keys that moved a slot in each of so many rounds, rounded each time."""
+    rope = Rope(tiny_config().rope, 64)
+    keys = jax.random.normal(jax.random.key(0), (64, 64)).astype(dtype)
+    one, all_of_them = (rope.angles(jnp.full((1,), -n)) for n in (1, rounds))
+    moved = jax.lax.fori_loop(0, rounds, lambda _, k: rope.rotate(k, one), keys)
+    want = rope.rotate(keys.astype(jnp.float32), all_of_them)
+    return rel_l2(moved.astype(jnp.float32), want)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 128), ("float16", 1024)])
+def test_narrow_floats_allow_so_many_rounds_in_a_keys_life(dtype, most):
+    assert worn(most, dtype) < 0.1
+    assert worn(8 * most, dtype) > 0.4
+    SpectralNoveltyConfig(most, chunk=1).check_dtype(dtype)
+    for kv in (
+        SpectralNoveltyConfig(most + 1, chunk=1),
+        SinkWindowConfig(4 * most, retain_ratio=1 - 3 / (4 * most)),
+    ):
+        kv.check_dtype("float32")
+        need = -(-kv.capacity // most)
+        with pytest.raises(ValueError, match=f"free at least {need} entries .* or use float32"):
+            kv.check_dtype(dtype)
+    with pytest.raises(ValueError, match="use float32"):
+        fk.Llama(tiny_config(), SpectralNoveltyConfig(most + 1, chunk=1), dtype).apply(
+            {}, np.zeros((1, 4), np.int32)
+        )
+    FullConfig().check_dtype(dtype)
 
 
 def test_unknown_method():
