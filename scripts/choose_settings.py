@@ -5,8 +5,9 @@
 
 reads the results of the suite cache_study_choices and writes the suite cache_study with the
 settings that its rule picks: of those whose perplexity is within 0.5 % of the best one's, the
-least nats a digit of the pass keys; of equals, the larger chunk. Recents and chunk go in
-proportion to the cache. Prints every candidate; SUITE.yaml may be the packaged file itself.
+least nats a digit of the pass keys, to two decimals; of equals, the larger chunk, then the least
+perplexity. Recents and chunk go in proportion to the cache. Prints every candidate; SUITE.yaml may
+be the packaged file itself.
 """
 
 import argparse
