@@ -44,7 +44,8 @@ class ChoosingPolicy(KVPolicy):
       cache_size: N, slots of the cache.
       sink_size: S, first entries, always kept.
       recent_size: R, latest entries, always kept; -1 means half of the cache.
-      chunk: Q, entries freed in a round; -1 means an eighth of the cache.
+      chunk: Q, entries freed in a round; -1 means an eighth of the cache. In half precision few
+        at a time wear the keys out, and are refused (KVPolicy.check_dtype).
 
     Raises:
       ValueError: unless N >= 1, S >= 0, R >= 0, S + R < N and 1 <= Q <= N - S - R.

@@ -315,11 +315,13 @@ def _policy(raw: Any) -> KVPolicy:
 
 def _check_together(cfg: RunConfig) -> None:
     """What no section can see alone."""
+    section = "model"
     try:
         check_model_options(cfg.model.dtype, cfg.model.attention)
+        section = "kv"
         cfg.kv.check_dtype(cfg.model.dtype)
     except ValueError as error:
-        raise ValueError(f"model: {error}") from None
+        raise ValueError(f"{section}: {error}") from None
     for problem in _contradictions(cfg):
         raise ValueError(problem)
     mesh = (cfg.mesh.data, cfg.mesh.fsdp)

@@ -99,6 +99,10 @@ def test_a_source_may_be_a_path(file):
         ("run.dir=''", "run.dir is empty"),
         ("model.dtype=f8", "model: dtype 'f8' is not supported"),
         ("model.attention=fast", "model: attention 'fast' is unknown"),
+        (
+            "kv={policy: novelty, cache_size: 999, chunk: 1}",
+            "kv: rounds of 1 .* at least 8 entries",
+        ),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate must be above 0, got nan"),
         ("optimizer.b2=1", "optimizer.b2 must be below 1, got 1.0"),
         ("data.train=[]", "data.train is empty"),

@@ -14,7 +14,13 @@ from safetensors.numpy import save_file
 from transformers import LlamaConfig as TorchConfig
 from transformers import LlamaForCausalLM
 
-from freqkv_jax.kv import FreqKVConfig, FullConfig, SinkWindowConfig, policy_to_dict
+from freqkv_jax.kv import (
+    FreqKVConfig,
+    FullConfig,
+    SinkWindowConfig,
+    SpectralNoveltyConfig,
+    policy_to_dict,
+)
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.model.params import abstract_params
 from freqkv_jax.sharding import make_mesh, param_shardings
@@ -256,6 +262,13 @@ def test_damaged_config(tmp_path):
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="must hold one JSON object, got a list"):
         load(folder)
+
+
+def test_a_cache_that_would_wear_out_comes_before_weights(tmp_path, monkeypatch):
+    folder, _, _ = tiny_folder(tmp_path)
+    monkeypatch.setattr("freqkv_jax.weights.load_params", None)
+    with pytest.raises(ValueError, match="at least 2 entries a round .* or use float32"):
+        load(folder, kv=SpectralNoveltyConfig(129, chunk=1), dtype="bfloat16")
 
 
 def test_bad_arguments_come_before_files(tmp_path):
