@@ -58,6 +58,10 @@ class TrueNoveltyConfig(SpectralNoveltyConfig):
         places = write_places(memory.place, memory.read, k.shape[1], fill, count)
         return PlacedSlots(slots.k, slots.v, *places)
 
+    def check_dtype(self, dtype: str) -> None:
+        """Nothing is refused: a key is turned once, and never again."""
+        del dtype
+
     def position(self, seen: Array, fill: Array) -> Array:
         """The token's place in the text."""
         return jnp.broadcast_to(seen, jnp.broadcast_shapes(seen.shape, fill.shape))

@@ -164,7 +164,7 @@ def _softmax_average(q: Array, k: Array, v: Array, first: Array) -> Array:
 
 
 def _by_cudnn(q: Array, k: Array, v: Array) -> Array:
-    """cuDNN's form, but of one query, with which it errs."""
+    """cuDNN's form, but of one query, which it is not given."""
     if not cudnn.errs(q):
         return cudnn.causal(q, k, v)
     cudnn.check(q)

@@ -113,7 +113,7 @@ def test_parts_attended_apart_are_the_naive_form(shape):
 @pytest.mark.parametrize("backend", ["auto", "cudnn"])
 @pytest.mark.parametrize("shape", [(2, 1, 1), (2, 1, 300), (40, 1, 2048)], ids=str)
 def test_one_query_is_the_naive_form(shape, backend):
-    """cuDNN would err with it."""
+    """cuDNN is not given it."""
     q, k, v, _ = (x.astype(jnp.bfloat16) for x in qkv(*shape, 9, 3, 64))
     new = slice(shape[2] - 1, None)
     want = attend(*(x.astype(jnp.float32) for x in (q, k, v)), "naive")

@@ -165,7 +165,8 @@ def test_narrow_floats_allow_so_many_rounds_in_a_keys_life(dtype, most):
         fk.Llama(tiny_config(), SpectralNoveltyConfig(most + 1, chunk=1), dtype).apply(
             {}, np.zeros((1, 4), np.int32)
         )
-    FullConfig().check_dtype(dtype)
+    for kv in FullConfig(), TrueNoveltyConfig(most + 1, chunk=1):  # which turn no key again
+        kv.check_dtype(dtype)
 
 
 def test_unknown_method():

@@ -267,7 +267,7 @@ def test_cuda_attends_the_parts_apart(monkeypatch, old, internals, apart):
 @pytest.mark.parametrize("old", [0, 9])
 def test_cudnn_is_given_no_query_alone(monkeypatch, old, backend):
     def never(*args):
-        raise AssertionError("cuDNN errs with one query")
+        raise AssertionError("cuDNN was given one query")
 
     monkeypatch.setattr(nvidia, "present", lambda: True)
     monkeypatch.setattr(cudnn, "behind", never)
