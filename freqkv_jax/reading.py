@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from freqkv_jax import programs
-from freqkv_jax.compile_options import reading as reading_options
+from freqkv_jax.compile_options import many_tokens
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv.policy import KVPolicy
 from freqkv_jax.kv.state import KVState, empty_state, grown
@@ -202,7 +202,7 @@ def compiled(program: Callable[..., Any], mesh: Mesh | None, kv: KVPolicy) -> Ca
             programs.head: rows,
         }[program]
     if program in READERS:
-        options["compiler_options"] = reading_options(mesh)
+        options["compiler_options"] = many_tokens(mesh)
     donated = ["state"] if "state" in names else []
     return jax.jit(program, static_argnames=static, donate_argnames=donated, **options)
 

@@ -15,7 +15,7 @@ from freqkv_jax import programs
 from freqkv_jax.bench import amounts
 from freqkv_jax.bench.amounts import Amount
 from freqkv_jax.bench.timing import Program
-from freqkv_jax.compile_options import once_a_call, reading
+from freqkv_jax.compile_options import many_tokens
 from freqkv_jax.decode import prefill as read_texts
 from freqkv_jax.kv import FreqKVConfig, FullConfig, KVState
 from freqkv_jax.kv.policy import KVPolicy
@@ -141,7 +141,7 @@ def _forward(model: Llama, batch: int, length: int) -> Case:
             return args[0], random_tokens(model, batch, length, index)
 
         first = (_variables(model, params), random_tokens(model, batch, length, 0))
-        return Program(forward, first, following, options=reading())
+        return Program(forward, first, following, options=many_tokens())
 
     amount = amounts.forward(model.config, model.kv, model.dtype, batch, length)
     return Case("forward", model, batch, length, batch * length, 1, amount, build)
@@ -238,7 +238,7 @@ def _compress(model: Llama, batch: int, length: int) -> Case:
             maps, memory, k, v, seen = args
             return maps, memory, v, k, seen
 
-        return Program(compress, first, following, options=reading())
+        return Program(compress, first, following, options=many_tokens())
 
     amount = amounts.compress(c, kv, dtype, batch, rounds)
     tokens = rounds * kv.chunk
@@ -281,7 +281,7 @@ def _attention(model: Llama, batch: int, length: int) -> Case:
         def following(index: int, *_: Any) -> Any:
             return inputs(index)
 
-        return Program(attention, inputs(0), following, options=reading())
+        return Program(attention, inputs(0), following, options=many_tokens())
 
     amount = amounts.attention(c, kv, dtype, batch, length)
     return Case("attention", model, batch, length, batch * length, 1, amount, build)
@@ -308,7 +308,7 @@ def _layer(model: Llama, batch: int, length: int) -> Case:
         x, grad = (_normal(shape, dtype, seed) for seed in (1, 2))
         maps = placed_maps(model.kv, None)["kv"]
         first = (params["layers_0"], maps, x, grad)
-        return Program(layer, first, following, options=once_a_call())
+        return Program(layer, first, following, options=many_tokens())
 
     amount = amounts.layer(model.config, model.kv, dtype, batch, length)
     return Case("layer", model, batch, length, batch * length, 1, amount, build)

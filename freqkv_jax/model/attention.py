@@ -40,8 +40,7 @@ def attend(
       q, k, v: T <= S; heads h of q share kv head h // (H/K).
       backend: one of BACKENDS. "auto" is resolved when the program is lowered, from the platform
         that it is compiled for: cuDNN on NVIDIA in bfloat16 or float16, splash on TPU, the
-        blocked form elsewhere and in float32. cuDNN is given no query alone (`cudnn.errs`), but
-        the blocked form is, if asked for by name, too.
+        blocked form elsewhere and in float32.
 
     Raises:
       ValueError: an unknown backend, or cuDNN for a dtype that it has not.
@@ -51,7 +50,7 @@ def attend(
         return _FORMS[backend](q, k, v)
     special: dict[str, Callable[..., Array]] = {"tpu": splash}
     if cudnn.takes(q) and nvidia.present():
-        special["cuda"] = _by_cudnn
+        special["cuda"] = cudnn.causal
     return jax.lax.platform_dependent(q, k, v, default=blocked, **special)
 
 
@@ -66,7 +65,7 @@ def attend_behind(
     Args:
       old, new: keys and values.
       backend: as of `attend`. With cuDNN the parts are attended one by one (`cudnn.behind`), the
-        other forms read them joined, and so does one query.
+        other forms read them joined.
     """
     check_backend(backend)
 
@@ -75,7 +74,7 @@ def attend_behind(
         return attend(q, k, v, backend)
 
     apart = backend in ("auto", "cudnn") and cudnn.takes(q) and cudnn.has_parts()
-    if not apart or cudnn.errs(q) or not old[0].shape[1]:
+    if not apart or not old[0].shape[1]:
         return joined(q, *old, *new)
     if backend == "cudnn":
         return cudnn.behind(q, *old, *new)
@@ -163,14 +162,6 @@ def _softmax_average(q: Array, k: Array, v: Array, first: Array) -> Array:
     ).astype(q.dtype)
 
 
-def _by_cudnn(q: Array, k: Array, v: Array) -> Array:
-    """cuDNN's form, but of one query, which it is not given."""
-    if not cudnn.errs(q):
-        return cudnn.causal(q, k, v)
-    cudnn.check(q)
-    return blocked(q, k, v)
-
-
 def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     """Splash attention (TPU). Under a mesh each device runs it on its own rows and heads."""
 
@@ -217,4 +208,4 @@ def _heads_major(x: Array) -> Array:
     return jnp.swapaxes(x, 1, 2)
 
 
-_FORMS = {"naive": naive, "blocked": blocked, "cudnn": _by_cudnn, "splash": splash}
+_FORMS = {"naive": naive, "blocked": blocked, "cudnn": cudnn.causal, "splash": splash}

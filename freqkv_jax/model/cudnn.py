@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 ATTENDED = "attended"  # the name by which rematerialisation knows what attention gives
 
@@ -26,17 +26,6 @@ def check(q: Array) -> None:
         )
 
 
-def errs(q: Float[Array, "B T H D"]) -> bool:
-    """Whether cuDNN must not be given these queries, though it takes them: one alone.
-
-    NVIDIA's release notes of cuDNN 9.18 have wrong results for one query under a causal mask where
-    heads share kv heads, and NVIDIA/cudnn-frontend issue 1083 log-sums that are not written there.
-    Neither was seen here (perplexity in chunks of one token is the same by both), but one query is
-    cheap elsewhere, too.
-    """
-    return q.shape[1] == 1
-
-
 def causal(q: Array, k: Array, v: Array) -> Array:
     """Causal attention of the last T of S tokens, [B, T, H, D].
 
@@ -46,13 +35,13 @@ def causal(q: Array, k: Array, v: Array) -> Array:
     the offsets are those of packed texts.
     """
     check(q)
-    pad = k.shape[1] - q.shape[1]
-    q = jnp.pad(q, ((0, 0), (pad, 0), (0, 0), (0, 0)))
+    entries = k.shape[1]
+    pad = entries - q.shape[1]
+    q, k, v = _even(jnp.pad(q, ((0, 0), (pad, 0), (0, 0), (0, 0))), k, v)
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    return out[:, pad:]
+    return out[:, pad:entries]
 
 
-@jax.custom_vjp
 def behind(q: Array, k_old: Array, v_old: Array, k_new: Array, v_new: Array) -> Array:
     """Queries [B, T, H, D] that see all of P old entries, and the T new ones up to their own.
 
@@ -61,11 +50,26 @@ def behind(q: Array, k_old: Array, v_old: Array, k_new: Array, v_new: Array) -> 
     each part is given the whole's result and log-sum, from which the kernel makes its own share of
     the softmax: that is exact, and as the forward pass computes no score in vain.
     """
+    check(q)
+    queries = q.shape[1]
+    q, k_new, v_new = _even(q, k_new, v_new)
+    return _behind(q, k_old, v_old, k_new, v_new)[:, :queries]
+
+
+def _even(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays [B, T, ...] of an even length: a last row more where T is odd, which a causal mask
+    keeps from the others. Of odd lengths JAX refuses derivatives (for a bias that is not there),
+    of one query and one key cuDNN itself."""
+    odd = arrays[0].shape[1] % 2
+    return tuple(jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in arrays)
+
+
+@jax.custom_vjp
+def _behind(q: Array, k_old: Array, v_old: Array, k_new: Array, v_new: Array) -> Array:
     return _merged(q, k_old, v_old, k_new, v_new)[0]
 
 
 def _merged(q: Array, k_old: Array, v_old: Array, k_new: Array, v_new: Array) -> Any:
-    check(q)
     (out, log_sum), (out_new, log_sum_new) = (
         _part(q, k_old, v_old, False),
         _part(q, k_new, v_new, True),
@@ -95,7 +99,7 @@ def _backward(kept: Any, grad: Array) -> tuple[Array, ...]:
     return q_grad.astype(q.dtype), k_old, v_old, k_new, v_new
 
 
-behind.defvjp(_forward, _backward)
+_behind.defvjp(_forward, _backward)
 
 
 def _part(q: Array, k: Array, v: Array, is_causal: bool) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from freqkv_jax.compile_options import once_a_call
+from freqkv_jax.compile_options import many_tokens
 from freqkv_jax.model.llama import Llama
 from freqkv_jax.sharding import (
     BATCH_AXES,
@@ -185,7 +185,7 @@ def make_train_step(cfg: "RunConfig", model: Llama, mesh: Mesh | None = None) ->
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     if mesh is None:
-        options = once_a_call()
+        options = many_tokens()
         return TrainStep(jax.jit(step, donate_argnums=0, compiler_options=options), None)
     return TrainStep(_sharded(step, cfg, model, mesh), mesh)
 
@@ -201,7 +201,7 @@ def _sharded(step: Any, cfg: "RunConfig", model: Llama, mesh: Mesh) -> Any:
         in_shardings=(where, param_shardings(frozen, mesh), here, rows, rows, here),
         out_shardings=(where, here),
         donate_argnums=0,
-        compiler_options=once_a_call(mesh),
+        compiler_options=many_tokens(mesh),
     )
 
 

@@ -93,11 +93,15 @@ def test_a_fused_tree_is_decoded_by_the_form_for_one_token(monkeypatch):
     assert_close(found[1][1], found[0][1], LOGITS)
 
 
-def test_decode_by_the_kernels_of_a_gpu(monkeypatch, interpreted):
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_decode_by_the_kernels_of_a_gpu(weights, monkeypatch, interpreted):
     """Interpreted: that every product is given what it is to be made of."""
     model, plain, tree = both(kv=fk.FreqKVConfig(20, 4))  # a model that no other test has traced
     logits, state = fk.prefill(model, plain, random_tokens(model.config, 1, 18))
+    if weights is not None:
+        tree = plain = fk.fuse(plain, weights=weights)
     want, want_logits, _ = fk.decode(model, plain, jax.tree.map(jnp.copy, state), logits, 9)
+    jax.clear_caches()
     calls = []
 
     def counted(kernel):
@@ -105,7 +109,7 @@ def test_decode_by_the_kernels_of_a_gpu(monkeypatch, interpreted):
 
     for name in ("normed_pairs", "plus_product"):
         monkeypatch.setattr(fused.matvec, name, counted(getattr(fused.matvec, name)))
-    monkeypatch.setattr(fused, "_by_triton", lambda linear: True)
+    monkeypatch.setattr(fused, "_by_triton", lambda: True)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, cuda=None: (cuda or default)(*args)
     )

@@ -28,12 +28,18 @@ def inputs(width, pairs):
     return normal(rng, width), {"scale": normal(rng, width)}, rows, normal(rng, pairs[0], pairs[2])
 
 
-# Columns in one part and in three, the last of them not whole; rows that 2 divides or 4.
-@pytest.mark.parametrize(("width", "pairs"), [(96, (5, 2, 6)), (2500, (1, 2, 300))], ids=str)
+# Columns in one part and in three, the last of them not whole, and in more than are read without a
+# loop; rows that 2 divides or 4.
+@pytest.mark.parametrize(
+    ("width", "pairs", "parts"),
+    [(96, (5, 2, 6), 16), (2500, (1, 2, 300), 16), (2500, (1, 2, 20), 2)],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_are_the_obvious_ones(width, pairs, dtype, monkeypatch, interpreted):
+def test_products_are_the_obvious_ones(width, pairs, parts, dtype, monkeypatch, interpreted):
     monkeypatch.setattr(matvec, "PROGRAMS", 8)
-    assert matvec._rows(pairs[2], pairs[0]) == (2 if width == 96 else 4)
+    monkeypatch.setattr(matvec, "MOST_PARTS", parts)
+    assert matvec._rows(pairs[2], pairs[0], 4) == (4 if pairs[2] == 300 else 2)
     x, norm, rows, extra = inputs(width, pairs)
     x, rows = x.astype(dtype), rows.astype(dtype)
     wide, kernel = x.astype(jnp.float32), rows.astype(jnp.float32)
@@ -57,9 +63,9 @@ def test_products_are_the_obvious_ones(width, pairs, dtype, monkeypatch, interpr
 
 
 def test_a_program_has_some_rows_and_there_are_enough_programs():
-    assert [matvec._rows(*sizes) for sizes in ((11008, 1), (64, 96), (32, 15), (7, 999))] == [
-        4, 4, 1, 1,
-    ]  # fmt: skip
+    sizes = (11008, 1), (64, 96), (32, 15), (7, 999)
+    assert [matvec._rows(*size, 4) for size in sizes] == [4, 4, 1, 1]
+    assert matvec._rows(4096, 1, 1) == 1
 
 
 def both(linear, extra, pairs):
@@ -82,7 +88,25 @@ def test_who_makes_a_product(weights, monkeypatch):
     for there in (False, True):
         monkeypatch.setattr(nvidia, "present", lambda there=there: there)
         made = str(jax.make_jaxpr(both(linear, extra, pairs))(x, norm, y))
-        assert made.count("pallas_call") == (2 if there and weights is None else 0)
+        assert made.count("pallas_call") == (2 if there else 0)
+
+
+@pytest.mark.parametrize("width", [96, 2500])
+def test_products_of_integers_are_the_plain_ones(width, interpreted):
+    """Each output is its sum of integers times its own factor, before anything is made of it."""
+    pairs = (5, 2, 6)
+    x, norm, rows, extra = inputs(width, pairs)
+    linear, y = fused._int8(rows), jnp.ones(60, jnp.float32)
+    want = both(linear, extra, pairs)(x, norm, y)
+    one, other = jnp.moveaxis(linear["scale"].reshape(pairs), 1, 0)
+
+    def scaled(first, second, one, other, extra):
+        return finish(first * one, second * other, extra)
+
+    eps, extras = CONFIG.rms_norm_eps, (one, other, extra)
+    got = matvec.normed_pairs(x, norm["scale"], eps, linear["rows"], pairs, scaled, extras)
+    assert_close(got, want[0], PRIMITIVE)
+    assert_close(matvec.plus_product(y, linear["rows"], x, linear["scale"]), want[1], PRIMITIVE)
 
 
 def test_a_cpu_sums_along_rows(monkeypatch):
