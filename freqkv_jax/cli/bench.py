@@ -206,6 +206,8 @@ def _told(row: dict[str, Any]) -> str:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
+    if args.peers and args.compile_only:
+        raise ValueError("--peers times Hugging Face, and --compile-only times nothing: give one")
     if args.work == "train":
         if args.config is None or args.model is not None:
             raise ValueError(

@@ -64,6 +64,7 @@ def test_only_and_profile(tmp_path, capsys):
         (["--lengths", "8,x"], "--lengths '8,x' is not understood"),
         (["--weights", "int8"], "are for decode alone, not forward"),
         (["--batch", "0"], "need batch >= 1"),
+        (["--peers", "--compile-only"], "--peers times Hugging Face, and --compile-only times not"),
         (["--only", "nothing"], "no case of forward is called"),
         (["--model", "enormous"], "no file or folder here and no shape"),
     ],
