@@ -1,6 +1,7 @@
 """Triton kernels on a mesh, interpreted: each device runs them on its own rows and heads."""
 
 import functools
+import math
 import re
 
 import jax
@@ -28,10 +29,11 @@ def kernels(monkeypatch, interpreted):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
 
 
-def compiled(function, specs, args):
-    """`function` on one device and on a mesh: results, and what the mesh's program moves."""
+def compiled(what, shape=MESH):
+    """`what` on one device and on a mesh: results, and what the mesh's program moves."""
+    function, specs, args = what
     alone = jax.jit(function)(*args)
-    mesh = make_mesh(*MESH)
+    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
     where = jax.tree.map(lambda x, spec: NamedSharding(mesh, spec), args, specs)
     with jax.set_mesh(mesh):
         program = jax.jit(function).lower(*jax.device_put(args, where)).compile()
@@ -40,16 +42,8 @@ def compiled(function, specs, args):
     return alone, split, set(re.findall(names, program.as_text()))
 
 
-@pytest.mark.parametrize(
-    "kv",
-    [
-        FreqKVConfig(100, 4, 10),
-        SpectralNoveltyConfig(48, recent_size=12, chunk=16, bands=20, value_share=0.5),
-    ],
-    ids=["freqkv", "novelty"],
-)
-def test_rounds_and_their_gradients(kv, kernels):
-    """To the bit what one device makes of them, and nothing is moved between devices."""
+def rounds_and_gradients(kv):
+    """Function, its arguments' parts on a mesh, and arguments: three rounds, and back."""
     rng = np.random.default_rng(0)
     shape = (2, 3, kv.chunk, 2, 64)
     maps = {name: jnp.asarray(array) for name, array in kv.constants().items()}
@@ -74,26 +68,41 @@ def test_rounds_and_their_gradients(kv, kernels):
 
     args = memory, normal(*shape), normal(*shape), weights
     specs = Slots(MEMORY_SPEC, MEMORY_SPEC), CHUNKS_SPEC, CHUNKS_SPEC, CHUNKS_SPEC
-    alone, split, moved = compiled(caches_and_gradients, specs, args)
+    return caches_and_gradients, specs, args
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        FreqKVConfig(100, 4, 10),
+        SpectralNoveltyConfig(48, recent_size=12, chunk=16, bands=20, value_share=0.5),
+    ],
+    ids=["freqkv", "novelty"],
+)
+def test_rounds_and_their_gradients(kv, kernels):
+    """To the bit what one device makes of them, and nothing is moved between devices."""
+    alone, split, moved = compiled(rounds_and_gradients(kv))
     assert not moved
     for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(split), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
-def test_making_room(kernels):
-    kv = SpectralNoveltyConfig(48, recent_size=12, chunk=16)
+def making_room(kv):
     rng = np.random.default_rng(0)
-    memory = Slots(*(jnp.asarray(rng.normal(size=(2, 2, 48, 64)), "bfloat16") for _ in range(2)))
+    shape = (2, 2, kv.capacity, 64)
+    memory = Slots(*(jnp.asarray(rng.normal(size=shape), "bfloat16") for _ in range(2)))
     room = functools.partial(kv.make_room, rope=ROPE, maps=kv.constants())
-    alone, split, moved = compiled(room, (Slots(MEMORY_SPEC, MEMORY_SPEC),), (memory,))
+    return room, (Slots(MEMORY_SPEC, MEMORY_SPEC),), (memory,)
+
+
+def test_making_room(kernels):
+    alone, split, moved = compiled(making_room(SpectralNoveltyConfig(48, recent_size=12, chunk=16)))
     assert not moved
     for one, two in zip(alone, split, strict=True):
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("fill", [[70, 3, 9, 127], 70], ids=str)
-@pytest.mark.parametrize("behind", [0, 4])  # heads behind the queries, as fused weights give them
-def test_a_query_a_row(fill, behind, kernels):
+def a_query_a_row(fill, behind=0):
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -107,7 +116,12 @@ def test_a_query_a_row(fill, behind, kernels):
         fill,
     )
     specs = HEADS_SPEC, MEMORY_SPEC, MEMORY_SPEC, P(BATCH_AXES) if fill.ndim else P()
-    attend = functools.partial(attend_rows, num_heads=6)
-    alone, split, moved = compiled(attend, specs, args)
+    return functools.partial(attend_rows, num_heads=6), specs, args
+
+
+@pytest.mark.parametrize("fill", [[70, 3, 9, 127], 70], ids=str)
+@pytest.mark.parametrize("behind", [0, 4])  # heads behind the queries, as fused weights give them
+def test_a_query_a_row(fill, behind, kernels):
+    alone, split, moved = compiled(a_query_a_row(fill, behind))
     assert not moved or behind  # the queries are cut out first, and are small
     np.testing.assert_array_equal(alone, split)
