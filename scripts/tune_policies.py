@@ -30,7 +30,7 @@ from freqkv_jax.cli import main as freqkv
 from freqkv_jax.evals.report_blocks import Block, Paragraph, Table, to_markdown
 from freqkv_jax.evals.report_compare import Series, difference_text, series_of
 from freqkv_jax.evals.report_runs import load_runs
-from freqkv_jax.evals.report_stats import Difference, paired_difference
+from freqkv_jax.evals.report_stats import Difference
 from freqkv_jax.evals.suite import find_suite
 from freqkv_jax.files import write_text
 from freqkv_jax.training import setup
@@ -313,11 +313,10 @@ def averaged(series: Sequence[Series]) -> Series:
 
 def difference(ours: Series, theirs: Series) -> Difference:
     """In the unit of their metric."""
-    block = max(ours.block, theirs.block)
-    found = paired_difference(ours.samples, theirs.samples, block)
+    found = ours.difference(theirs)
     if found is None:
         raise SystemExit(f"{ours.run.path} and {theirs.run.path} share no sample")
-    return ours.metric.difference(found)
+    return found
 
 
 def positions(files: Mapping[str, Mapping[int, Path]], untuned: Path | None) -> Table:

@@ -76,3 +76,27 @@ def test_the_picture_of_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["keep", str(MEASURED.parent / "results"), str(file)])
     load_script("what_policies_keep").main()
     assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 20_000
+
+
+def test_a_finer_window_beside_the_study(monkeypatch, capsys):
+    """What its README says of the window's chunk."""
+    study = MEASURED.parent
+    words = [str(study / "small" / "window_64.json")]
+    words += [str(study / "results" / f"perplexity-{p}.json") for p in ("window", "keydiff")]
+    monkeypatch.setattr(sys, "argv", ["compare", *words, "--behind", "2048"])
+    load_script("compare_windows").main()
+    printed = capsys.readouterr().out
+    assert "| window\\_64.json | 48 | 22.39 | - | +0.00 |" in printed
+    assert "| perplexity-window.json | 48 | 22.45 | +0.29" in printed
+    assert "| perplexity-keydiff.json | 48 | 22.19 | -0.89" in printed and "-1.20 |" in printed
+
+
+def test_windows_of_different_places_are_not_compared(tmp_path, monkeypatch):
+    result = json.loads((MEASURED.parent / "small" / "window_64.json").read_text())
+    result["window_starts"] = [start + 1 for start in result["window_starts"]]
+    moved = tmp_path / "moved.json"
+    moved.write_text(json.dumps(result))
+    words = ["compare", str(moved), str(MEASURED.parent / "small" / "window_64.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="read different windows"):
+        load_script("compare_windows").main()

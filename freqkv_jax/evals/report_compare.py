@@ -94,6 +94,11 @@ class Series:
         """Samples."""
         return sum(map(len, self.samples.values()))
 
+    def difference(self, other: "Series") -> Difference | None:
+        """On the samples that both have, in the unit that is shown."""
+        found = paired_difference(self.samples, other.samples, max(self.block, other.block))
+        return None if found is None else self.metric.difference(found)
+
 
 def series_of(run: Run) -> list[Series]:
     """All that a run has to compare, by metric and length."""
@@ -227,9 +232,7 @@ class Comparison:
 
     def difference(self, row: str, other: str, column: str) -> Difference | None:
         """Of two rows on the samples that both have, in the unit that is shown."""
-        ours, theirs = self.cells[row][column], self.cells[other][column]
-        found = paired_difference(ours.samples, theirs.samples, max(ours.block, theirs.block))
-        return None if found is None else self.metric.difference(found)
+        return self.cells[row][column].difference(self.cells[other][column])
 
     def values(self) -> Table:
         """What was measured."""

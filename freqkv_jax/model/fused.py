@@ -204,16 +204,9 @@ def _normed_pairs(
         return jnp.stack(finish(first, second, *extras), axis=1).astype(x.dtype)
 
     def kernel(x: Array, norm: Any, linear: Any, *extras: Array) -> Array:
-        rows, of_norm, eps = linear["rows"], norm["scale"], config.rms_norm_eps
-        if "scale" not in linear:
-            return matvec.normed_pairs(x, of_norm, eps, rows, pairs, finish, extras)
-
-        def scaled(first: Array, second: Array, one: Array, other: Array, *extras: Array) -> Any:
-            return finish(first * one, second * other, *extras)
-
-        scales = linear["scale"].reshape(pairs)
-        also = (scales[:, 0], scales[:, 1], *extras)
-        return matvec.normed_pairs(x, of_norm, eps, rows, pairs, scaled, also)
+        rows, scale = linear["rows"], linear.get("scale")
+        args = x, norm["scale"], config.rms_norm_eps, rows, pairs, finish, extras, scale
+        return matvec.normed_pairs(*args)
 
     special = {"cuda": kernel} if _by_triton() else {}
     return jax.lax.platform_dependent(x, norm, linear, *extras, default=plain, **special)

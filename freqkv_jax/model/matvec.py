@@ -47,13 +47,17 @@ def normed_pairs(
     pairs: tuple[int, int, int],
     finish: Finish,
     extras: Sequence[Float[Array, "a b"]] = (),
+    scale: Float[Array, "F"] | None = None,
 ) -> Float[Array, "a n b"]:
-    """RMSNorm(x) times a kernel with outputs `pairs` [a, 2, b], finished; in x's dtype.
+    """scale * (RMSNorm(x) @ kernel), with outputs `pairs` [a, 2, b], finished; in x's dtype.
 
     Args:
       finish: makes n arrays of one shape of both float32 outputs of some pairs, and of what
         `extras` say of these. Elementwise: it sees a part of [a, b] at a time.
     """
+    if scale is not None:
+        finish = functools.partial(_scaled, finish)
+        extras = (*jnp.moveaxis(scale.reshape(pairs), 1, 0), *extras)
     many, _, out = pairs
     launch = _pairs_launch(rows.dtype)
     size = _rows(out, many, launch.most_rows)
@@ -74,6 +78,12 @@ def normed_pairs(
         in_specs=[whole, whole, *halves, *[some] * len(extras)],
         out_specs=pl.BlockSpec((None, num_out, size), lambda i, j: (i, 0, j)),
     )(x, norm, rows, rows, *extras)
+
+
+def _scaled(
+    finish: Finish, first: Array, second: Array, one: Array, other: Array, *extras: Array
+) -> Sequence[Array]:
+    return finish(first * one, second * other, *extras)
 
 
 def _pairs(

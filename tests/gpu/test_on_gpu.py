@@ -116,6 +116,22 @@ def test_parts_attended_apart_are_the_naive_form(shape):
         assert rel_l2(a.astype(jnp.float32), b) < 0.02
 
 
+@pytest.mark.parametrize("backend", ["auto", "cudnn"])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 1, 300), (40, 1, 2048)], ids=str)
+def test_one_query_is_the_naive_form(shape, backend):
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in qkv(*shape, 9, 3, 64))
+    new = slice(shape[2] - 1, None)
+    want = attend(*(x.astype(jnp.float32) for x in (q, k, v)), "naive")
+    forms = (
+        lambda q, k, v: attend(q, k, v, backend),
+        lambda q, k, v: attend_behind(
+            q, (k[:, : new.start], v[:, : new.start]), (k[:, new], v[:, new]), backend
+        ),
+    )
+    for form in forms:
+        assert rel_l2(jax.jit(form)(q, k, v).astype(jnp.float32), want) < 0.01
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_auto_takes_cudnn_for_narrow_floats_only(dtype):
     q, k, v, _ = (x.astype(dtype) for x in qkv(*SHAPES[1]))

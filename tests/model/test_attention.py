@@ -239,8 +239,9 @@ def test_parts_weighed_by_their_log_sums_are_the_whole(queries, heads, monkeypat
 
 @pytest.mark.parametrize("backend", ["auto", "naive", "blocked"])
 @pytest.mark.parametrize("old", [0, 9])
-def test_behind_old_entries_is_attention_on_all(old, backend):
-    q, k, v = inputs(5, old + 5)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_behind_old_entries_is_attention_on_all(queries, old, backend):
+    q, k, v = inputs(queries, old + queries)
     got = attend_behind(q, (k[:, :old], v[:, :old]), (k[:, old:], v[:, old:]), backend)
     assert_close(got, reference(q, k, v), PRIMITIVE)
 

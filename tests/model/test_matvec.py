@@ -98,14 +98,8 @@ def test_products_of_integers_are_the_plain_ones(width, interpreted):
     x, norm, rows, extra = inputs(width, pairs)
     linear, y = fused._int8(rows), jnp.ones(60, jnp.float32)
     want = both(linear, extra, pairs)(x, norm, y)
-    one, other = jnp.moveaxis(linear["scale"].reshape(pairs), 1, 0)
-
-    def scaled(first, second, one, other, extra):
-        return finish(first * one, second * other, extra)
-
-    eps, extras = CONFIG.rms_norm_eps, (one, other, extra)
-    got = matvec.normed_pairs(x, norm["scale"], eps, linear["rows"], pairs, scaled, extras)
-    assert_close(got, want[0], PRIMITIVE)
+    args = x, norm["scale"], CONFIG.rms_norm_eps, linear["rows"], pairs, finish, (extra,)
+    assert_close(matvec.normed_pairs(*args, linear["scale"]), want[0], PRIMITIVE)
     assert_close(matvec.plus_product(y, linear["rows"], x, linear["scale"]), want[1], PRIMITIVE)
 
 
