@@ -4,7 +4,8 @@ The tree is {"layers_0": {"attention": {"q": {"a": [in, r], "b": [r, out]}}}, ..
 it as the variable collection "lora", whose b are scaled already (`collection`).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -78,20 +79,19 @@ def init_lora(
     made = []
     for i, ((path, leaf), sharding) in enumerate(zip(leaves, where, strict=True)):
         bound = leaf.shape[0] ** -0.5 if tree_path(path).endswith("/a") else 0.0
-        value = _uniform(jax.random.fold_in(key, i), leaf.shape, bound)
-        made.append(value if sharding is None else _put(value, sharding))
+        make = _uniform_on(leaf.shape, bound, sharding)
+        made.append(make(jax.random.fold_in(key, i)))
     return jax.tree.unflatten(tree, made)
 
 
-def _uniform(key: Array, shape: tuple[int, ...], bound: float) -> Array:
-    if not bound:
-        return jnp.zeros(shape, jnp.float32)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+@functools.lru_cache(maxsize=64)
+def _uniform_on(shape: tuple[int, ...], bound: float, sharding: Any) -> Callable[[Array], Array]:
+    def uniform(key: Array) -> Array:
+        if not bound:
+            return jnp.zeros(shape, jnp.float32)
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-
-def _put(value: Array, sharding: Any) -> Array:
-    # Every host has drawn the whole (small) array, so each takes its part of it.
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    return jax.jit(uniform, out_shardings=sharding)
 
 
 def collection(lora: Any, scale: float, dtype: Any) -> Any:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from freqkv_jax.bench import amounts, timing, train_case
+from freqkv_jax.bench import amounts, report, timing, train_case
 from freqkv_jax.cli import main
 from freqkv_jax.config import SHAPES
 from freqkv_jax.model.llama import Llama
@@ -39,6 +39,13 @@ def test_the_step_of_the_loop_goes_on_from_its_own_state():
     assert all(x.is_deleted() for x in jax.tree.leaves(first[0])), "the state is donated"
     assert not any(x.is_deleted() for x in jax.tree.leaves(first[1]))
     assert got.compile_seconds > 0 and got.program_bytes
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_compiles_from_shapes(mode):
+    """State, frozen weights and tokens are made inside a trace, on a mesh."""
+    (row,) = report.compile_cases([first_case(run_config(mode=mode))], lambda: None)
+    assert row["compile_seconds"] > 0 and row["program_bytes"] > 0 and "ms" not in row
 
 
 def test_amounts_are_those_of_the_loop():
