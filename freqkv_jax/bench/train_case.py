@@ -21,6 +21,7 @@ from freqkv_jax.model.llama import maps as model_maps
 from freqkv_jax.model.params import init_params
 from freqkv_jax.sharding import batch_spec, check_mesh, replicated
 from freqkv_jax.training import metrics
+from freqkv_jax.training.compile_step import abstract_arguments
 from freqkv_jax.training.distributed import run_mesh
 from freqkv_jax.training.schema import RunConfig
 from freqkv_jax.training.step import (
@@ -87,7 +88,8 @@ def _case(cfg: RunConfig, config: LlamaConfig, mesh: Mesh) -> Case:
 
         mask = jax.device_put(jnp.ones((rows, length), bool), where)
         first = (state, frozen, maps, tokens(0), mask, np.float32(np.inf))
-        return Program(None, first, following, lower=lower)
+        shapes = abstract_arguments(cfg, model, mesh)
+        return Program(None, first, following, lower=lower, shapes=shapes)
 
     amount = step_amount(cfg, model, mesh.size)
     peak = metrics.peak_flops(mesh.devices.flat[0])

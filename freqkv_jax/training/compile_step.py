@@ -40,22 +40,27 @@ def model_of(cfg: RunConfig, config: LlamaConfig | None = None) -> Llama:
     return Llama(config, cfg.kv, cfg.model.dtype, cfg.model.attention)
 
 
-def build_work(cfg: RunConfig, model: Llama, mesh: Mesh) -> Work:
-    """The step that training runs, and its abstract arguments with their shardings on `mesh`."""
-    check_mesh(model.config, mesh, cfg.train.batch_size)
+def abstract_arguments(cfg: RunConfig, model: Llama, mesh: Mesh) -> tuple[Any, ...]:
+    """Shapes of what the jitted step takes (NAMES), with their shardings on `mesh`."""
     state, frozen = train_step.abstract_train_state(cfg, model)
     maps = jax.eval_shape(lambda: model_maps(model))
     shape = (cfg.train.batch_size, cfg.train.seq_len)
-    rows, here = NamedSharding(mesh, batch_spec()), NamedSharding(mesh, P())
-    where = train_step.state_shardings(state, mesh)
-    arguments = (
-        _on(state, where),
+    rows = NamedSharding(mesh, batch_spec())
+    return (
+        _on(state, train_step.state_shardings(state, mesh)),
         _on(frozen, param_shardings(frozen, mesh)),
         _on(maps, replicated(maps, mesh)),
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
         jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
-        jax.ShapeDtypeStruct((), jnp.float32, sharding=here),
+        jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P())),
     )
+
+
+def build_work(cfg: RunConfig, model: Llama, mesh: Mesh) -> Work:
+    """The step that training runs, and its abstract arguments with their shardings on `mesh`."""
+    check_mesh(model.config, mesh, cfg.train.batch_size)
+    arguments = abstract_arguments(cfg, model, mesh)
+    where, here = jax.tree.map(lambda x: x.sharding, arguments[0]), NamedSharding(mesh, P())
     step = train_step.make_train_step(cfg, model, mesh)
     return Work(step._jitted, arguments, NAMES, donate=(0,), out_shardings=(where, here))
 
