@@ -43,7 +43,8 @@ def compiled(what, shape=MESH):
 
 
 def rounds_and_gradients(kv):
-    """Function, its arguments' parts on a mesh, and arguments: three rounds, and back."""
+    """Function, its arguments' parts on a mesh, and arguments: the caches of three chunks and the
+    one behind, and back."""
     rng = np.random.default_rng(0)
     shape = (2, 3, kv.chunk, 2, 64)
     maps = {name: jnp.asarray(array) for name, array in kv.constants().items()}
@@ -57,14 +58,13 @@ def rounds_and_gradients(kv):
     def caches_and_gradients(memory, k, v, weights):
         def total(memory, k, v):
             seen = jnp.full((len(k),), kv.capacity)
-            caches = kv.chunk_caches(memory, k, v, None, ROPE, maps, seen)
+            caches = jax.tree.leaves(kv.caches_and_next(memory, k, v, ROPE, maps, seen))
             # Per row and head, so that no sum is one over devices.
-            sums = [(x * weights).astype(jnp.float32).sum((1, 2, 4)) for x in caches[:2]]
-            return sums, caches
+            parts = [(x * weights[:, : x.shape[1]]).astype(jnp.float32) for x in caches]
+            return [part.sum((1, 2, 4)) for part in parts], caches
 
-        _, back, caches = jax.vjp(total, memory, k, v, has_aux=True)
-        ones = jnp.ones((2, 2), jnp.float32)
-        return caches, back([ones, ones])
+        sums, back, caches = jax.vjp(total, memory, k, v, has_aux=True)
+        return caches, back(jax.tree.map(jnp.ones_like, sums))
 
     args = memory, normal(*shape), normal(*shape), weights
     specs = Slots(MEMORY_SPEC, MEMORY_SPEC), CHUNKS_SPEC, CHUNKS_SPEC, CHUNKS_SPEC

@@ -48,9 +48,15 @@ class Sizes(NamedTuple):
 
 
 def rounds(
-    memory: Slots, k: Array, v: Array, stacked: Array, sizes: Sizes, rope: Rope
-) -> tuple[Array, Array]:
-    """`LinearPolicy.chunk_caches`: the caches of all chunks, [B, C, P, K, D].
+    memory: Slots,
+    k: Array,
+    v: Array,
+    stacked: Array,
+    sizes: Sizes,
+    rope: Rope,
+    more: bool = False,
+) -> tuple[Array, ...]:
+    """`LinearPolicy.rounds`: keys and values of all chunks' caches, and of the one behind.
 
     Args:
       memory: full. k: [B, C, Q, K, D], not rotated. v: the same shape. stacked: the folded map.
@@ -62,23 +68,29 @@ def rounds(
     sinks = memory.k[:, :, :sink], memory.v[:, :, :sink]
     turns = rope.turns(jnp.arange(sizes.prefix, dtype=jnp.int32))
 
-    def written(folded: Array, index: Array, into: Any, folds: bool) -> tuple[Array, ...]:
+    def written(folded: Array, index: Array, into: Any, folds: bool) -> tuple[Any, Any]:
         halves = product(stacked, folded)
         cols = stacked.shape[2] if folds else None
-        return write(stream, sinks, halves, turns, sizes, index, into, cols)
+        k, v, *folded_next = write(stream, sinks, halves, turns, sizes, index, into, cols)
+        return (k, v), folded_next[0] if folds else None
 
-    def one_round(now: tuple[Any, Array], index: Array) -> tuple[Any, None]:
-        k, v, folded = written(now[1], index, now[0], True)
-        return ((k, v), folded), None
+    def one_round(now: tuple[Any, Any], index: Array) -> tuple[Any, None]:
+        return written(now[1], index, now[0], True), None
 
-    index = jnp.arange(chunks, dtype=jnp.int32)[:, None]
-    first = written(first_fold(stream, sizes, stacked.shape[2]), index[0], chunks, chunks > 1)
-    if chunks == 1:
-        return first[0], first[1]
-    now = (first[0], first[1]), first[2]
-    (into, folded), _ = jax.lax.scan(one_round, now, index[1:-1], unroll=unrolled(chunks))
-    last = written(folded, index[-1], into, False)
-    return last[0], last[1]
+    index = places_of(chunks)
+    folded = first_fold(stream, sizes, stacked.shape[2])
+    now = written(folded, index[0], chunks, chunks > 1 or more)
+    if chunks > 1:
+        now, _ = jax.lax.scan(one_round, now, index[1:-1], unroll=unrolled(chunks))
+        now = written(now[1], index[-1], now[0], more)
+    if not more:
+        return now[0]
+    return *now[0], *written(now[1], jnp.array([chunks, 0], jnp.int32), 1, False)[0]
+
+
+def places_of(chunks: int) -> Array:
+    """Of each chunk's cache, int32 [2]: chunks before it, and its place among the caches."""
+    return jnp.broadcast_to(jnp.arange(chunks, dtype=jnp.int32)[:, None], (chunks, 2))
 
 
 def unrolled(chunks: int) -> int:
@@ -136,11 +148,11 @@ def write(
     into: tuple[Array, Array] | int,
     cols: int | None,
 ) -> tuple[Array, ...]:
-    """Caches [B, C, P, K, D] with that of chunk `index` written: sinks, mapped entries, recents.
+    """Caches [B, C, P, K, D] with one of them written: sinks, mapped entries, recents.
 
     Args:
       sinks: as they rest. halves: what the product gave. turns: cosine and sine of the angles of
-        all P slots. index: int32 [1].
+        all P slots. index: of the one written (`places_of`).
       into: the caches, which are written in place; or C, for new ones that hold nothing else.
       cols: if given, the result has a third array, `first_fold` of the round that follows.
     """
@@ -173,15 +185,15 @@ def _write(index_ref: Any, *refs: Any, sizes: Sizes, pairs: int, folds: bool) ->
 
     @pl.when(tile < pairs)
     def _() -> None:
-        _write_pairs(index_ref[0], refs, outs, tile * TILE, at, sizes)
+        _write_pairs(index_ref, refs, outs, tile * TILE, at, sizes)
 
     @pl.when(tile >= pairs)
     def _() -> None:
-        _write_others(index_ref[0], refs, outs, (tile - pairs) * TILE, at, sizes)
+        _write_others(index_ref, refs, outs, (tile - pairs) * TILE, at, sizes)
 
 
 def _write_pairs(
-    index: Array, refs: Any, outs: Any, first: Array, at: tuple[Any, Any], sizes: Sizes
+    index: Any, refs: Any, outs: Any, first: Array, at: tuple[Any, Any], sizes: Sizes
 ) -> None:
     """Entries i and L-1-i of the mapped ones, which are sum and difference of the same halves."""
     stream, halves_ref, turns = refs[:4], refs[6], refs[7:9]
@@ -189,7 +201,7 @@ def _write_pairs(
     front = places(first, TILE)
     back = sizes.keep - 1 - front
     masks = (front < (sizes.keep + 1) // 2, front < sizes.keep // 2)
-    raw = (index + 1) * sizes.keep
+    raw = (index[0] + 1) * sizes.keep
     for which in range(2):
         entries: tuple[list[Array], list[Array]] = ([], [])
         for start in (0, half):
@@ -215,11 +227,11 @@ def _write_pairs(
             low, high = (x.astype(jnp.float32) for x in one)
             if which == 0:
                 low, high = turned_to(turns, low, high, place, mask)
-            _store_entries(outs[which], low, high, index, place, mask, at)
+            _store_entries(outs[which], low, high, index[1], place, mask, at)
 
 
 def _write_others(
-    index: Array, refs: Any, outs: Any, first: Array, at: tuple[Any, Any], sizes: Sizes
+    index: Any, refs: Any, outs: Any, first: Array, at: tuple[Any, Any], sizes: Sizes
 ) -> None:
     """Sinks, as they rest, recents, and zeros behind what is folded."""
     stream, sink_refs, turns = refs[:4], refs[4:6], refs[7:9]
@@ -227,7 +239,7 @@ def _write_others(
     place = places(first, TILE)
     inside, sunk = place < sizes.prefix - sizes.keep, place < sizes.sink
     slot = jnp.where(sunk, place, place + sizes.keep)
-    raw = (index + 1) * sizes.keep + place - sizes.sink
+    raw = (index[0] + 1) * sizes.keep + place - sizes.sink
     for which in range(2):
         recents, sinks = [], []
         for start in (0, half):
@@ -244,7 +256,7 @@ def _write_others(
             jnp.where(wide, sink.astype(jnp.float32), x)
             for sink, x in zip(sinks, (low, high), strict=True)
         )
-        _store_entries(outs[which], low, high, index, slot, inside, at)
+        _store_entries(outs[which], low, high, index[1], slot, inside, at)
         if outs[2] is not None:
             behind = place + sizes.keep
             for start in (0, half):

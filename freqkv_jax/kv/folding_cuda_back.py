@@ -16,79 +16,99 @@ from jaxtyping import Array
 
 from freqkv_jax import nvidia
 from freqkv_jax.folding import product
-from freqkv_jax.kv.folding_cuda import TILE, Sizes, store_folded, turned_to, unrolled
+from freqkv_jax.kv.folding_cuda import (
+    TILE,
+    Sizes,
+    places_of,
+    store_folded,
+    turned_to,
+    unrolled,
+)
 from freqkv_jax.kv.policy import Parts, Slots
 from freqkv_jax.nvidia import columns, load, masked, places, store
 from freqkv_jax.rope import Rope
 
 
 def transposed(
-    caches: Parts, stacked: Array, sizes: Sizes, rope: Rope, capacity: int
+    caches: tuple[Array, ...], stacked: Array, sizes: Sizes, rope: Rope, capacity: int
 ) -> tuple[Slots, Array, Array]:
     """`kv.folding_cuda.rounds` transposed: gradients of its memory, k and v.
 
     Args:
-      caches: gradients of the caches, [B, C, P, K, D] each. capacity: slots of the memory.
+      caches: gradients of what it gives, keys and values of the chunks' caches, [B, C, P, K, D],
+        and perhaps of the one behind, [B, 1, P, K, D]. capacity: slots of the memory.
     """
     batch, chunks, _, heads, dim = caches[0].shape
     keep, sink = sizes.keep, sizes.sink
     streams = _spans(caches, stacked.astype(caches[0].dtype), sizes, rope)
     given = []
-    for which, (stream, cache) in enumerate(zip(streams, caches, strict=True)):
-        # Of the stream's tokens the last chunk's go through no round.
+    for which, stream in enumerate(streams):
+        # Of the stream's tokens the last chunk's go through no round, if no cache is behind it.
         total = capacity - sink + chunks * keep
         stream = jnp.pad(stream, ((0, 0), (0, total - stream.shape[1]), (0, 0), (0, 0)))
-        stream += _recents(cache, sizes, rope if which == 0 else None, total)
+        recents = _cut(caches[which::2], sink + keep, sizes.prefix)
+        stream += _recents(recents, sizes, rope if which == 0 else None, total)
         first, tokens = stream[:, : capacity - sink], stream[:, capacity - sink :]
         if which == 0:
             first = rope.rotate_tokens(first, jnp.arange(sink, capacity, dtype=jnp.int32))
-        sinks = cache[:, :, :sink].astype(jnp.float32).sum(1).astype(cache.dtype)
+        sinks = _cut(caches[which::2], 0, sink)
+        sinks = sinks.astype(jnp.float32).sum(1).astype(sinks.dtype)
         first = jnp.swapaxes(jnp.concatenate([sinks, first], axis=1), 1, 2)
         given.append((first, tokens.reshape(batch, chunks, keep, heads, dim)))
     (k_first, k), (v_first, v) = given
     return Slots(k_first, v_first), k, v
 
 
-def _recents(cache: Array, sizes: Sizes, rope: Rope | None, total: int) -> Array:
+def _cut(caches: tuple[Array, ...], first: int, end: int) -> Array:
+    """Entries first .. end of all caches."""
+    return jnp.concatenate([cache[:, :, first:end] for cache in caches], axis=1)
+
+
+def _recents(recents: Array, sizes: Sizes, rope: Rope | None, total: int) -> Array:
     """What the raw entries of the caches give to a stream [B, total, K, D]; 0 if there are none."""
-    keep, start = sizes.keep, sizes.sink + sizes.keep
-    recents, given = cache[:, :, start:], jnp.zeros((), cache.dtype)
+    keep, given = sizes.keep, jnp.zeros((), recents.dtype)
     if rope is not None:
-        slots = jnp.arange(start, sizes.prefix, dtype=jnp.int32)
+        slots = jnp.arange(sizes.sink + keep, sizes.prefix, dtype=jnp.int32)
         recents = rope.rotate(recents, rope.angles(slots)[None, None, :, None], inverse=True)
     # Of caches that follow one another those of more than L are partly the same entries.
     for piece in range(-(-recents.shape[2] // keep)):
         some = recents[:, :, piece * keep : (piece + 1) * keep]
         some = jnp.pad(some, ((0, 0), (0, 0), (0, keep - some.shape[2]), (0, 0), (0, 0)))
-        some = some.reshape(cache.shape[0], -1, *cache.shape[3:])
+        some = some.reshape(recents.shape[0], -1, *recents.shape[3:])
         first = (piece + 2) * keep
-        behind = total - first - some.shape[1]
+        behind = total - first - some.shape[1]  # below 0 where the last piece's padding goes
         given += jax.lax.pad(
             some, jnp.zeros((), some.dtype), [(0, 0, 0), (first, behind, 0), (0, 0, 0), (0, 0, 0)]
         )
     return given
 
 
-def _spans(caches: Parts, stacked: Array, sizes: Sizes, rope: Rope) -> Parts:
-    """What the spans of all rounds give to the stream, [B, (C + 1) L, K, D] of keys and of values;
-    the first L are the mapped entries that the full cache held."""
-    chunks = caches[0].shape[1]
+def _spans(caches: tuple[Array, ...], stacked: Array, sizes: Sizes, rope: Rope) -> Parts:
+    """What the spans of all rounds give to the stream, [B, (rounds + 1) L, K, D] of keys and of
+    values; the first L are the mapped entries that the full cache held."""
+    chunks, more = caches[0].shape[1], len(caches) > 2
     back = jnp.swapaxes(stacked, 1, 2)
     turns = rope.turns(jnp.arange(sizes.prefix, dtype=jnp.int32))
-    step = functools.partial(_step, caches=caches, turns=turns, sizes=sizes, rows=stacked.shape[1])
+    length = (chunks + more + 1) * sizes.keep
+    step = functools.partial(
+        _step, caches=caches[:2], turns=turns, sizes=sizes, rows=stacked.shape[1], length=length
+    )
 
     def one_round(now: tuple[Any, Array], index: Array) -> tuple[Any, None]:
         *into, halves = step(index, product(back, now[1]), now[0])
         return (tuple(into), halves), None
 
-    index = jnp.arange(chunks, dtype=jnp.int32)[:, None]
-    (halves,) = step(index[-1], None, None)
-    if chunks == 1:
-        k, v = step(index[0] - 1, product(back, halves), None, last=True)
-        return k, v
-    *into, halves = step(index[-2], product(back, halves), None)
-    now = (tuple(into), halves)
-    (into, halves), _ = jax.lax.scan(one_round, now, index[:-2][::-1], unroll=unrolled(chunks))
+    index, into = places_of(chunks), None
+    if more:
+        (halves,) = step(jnp.array([chunks, 0], jnp.int32), None, None, caches=caches[2:])
+        left = index
+    else:
+        (halves,) = step(index[-1], None, None)
+        left = index[:-1]
+    if len(left):
+        *into, halves = step(left[-1], product(back, halves), None)
+        now, left = (tuple(into), halves), left[:-1][::-1]
+        (into, halves), _ = jax.lax.scan(one_round, now, left, unroll=unrolled(chunks + more))
     k, v = step(index[0] - 1, product(back, halves), into, last=True)
     return k, v
 
@@ -98,18 +118,20 @@ def _step(
     folded: Array | None,
     into: Parts | None,
     *,
-    caches: Parts,
+    caches: tuple[Array, ...],
     turns: Parts,
     sizes: Sizes,
     rows: int,
+    length: int,
     last: bool = False,
 ) -> tuple[Array, ...]:
-    """Between two products, backwards, at cache `index`, int32 [1].
+    """Between two products, backwards, at one of the caches (`places_of`).
 
     Args:
       folded: gradients of even and odd part of the spans of the round behind this cache,
         [2, cols, 2, B, K, D]; none behind the last cache. into: `_spans`' result, in which the
         raw half of those spans is written; new arrays if not given.
+      length: of the stream.
       last: whether the entries of the other half are given back as the stream's first ones, in
         front of all caches.
 
@@ -117,14 +139,14 @@ def _step(
       `_spans`' result, if `folded` is given, and, but for the last step, the gradients of the
       halves of this cache's entries, [2, rows, 2, B, K, D].
     """
-    batch, chunks, _, heads, dim = caches[0].shape
+    batch, _, _, heads, dim = caches[0].shape
     dtype = caches[0].dtype
     given, shapes, aliases = [index, *turns], [], {}
     if not last:
         given += caches
     if folded is not None:
         given.append(folded)
-        stream = jax.ShapeDtypeStruct((batch, (chunks + 1) * sizes.keep, heads, dim), dtype)
+        stream = jax.ShapeDtypeStruct((batch, length, heads, dim), dtype)
         shapes += [stream, stream]
         if into is not None:
             aliases = {len(given): 0, len(given) + 1: 1}
@@ -159,7 +181,7 @@ def _kernel(
         for place, mask in zip((front, back), masks, strict=True):
             planes = [jnp.zeros((TILE, half), jnp.float32)] * 2
             if folds:
-                planes = _from_slots(cache_refs, turns, which, index_ref[0], place, mask, at, sizes)
+                planes = _from_slots(cache_refs, turns, which, index_ref[1], place, mask, at, sizes)
             if spans:
                 low, high = _from_span(folded_ref, which, place, mask, at, half)
                 planes = [x + y for x, y in zip(planes, low, strict=True)]

@@ -4,7 +4,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -12,7 +11,7 @@ from jaxtyping import Array
 from freqkv_jax import folding, nvidia, spectral
 from freqkv_jax.kv import folded_rounds, folding_cuda
 from freqkv_jax.kv.linear import LinearPolicy, Parts
-from freqkv_jax.kv.policy import ChunkCaches, Maps, Memory, memory_after, register
+from freqkv_jax.kv.policy import Maps, Memory, register
 from freqkv_jax.rope import Rope
 
 
@@ -91,37 +90,24 @@ class FreqKVConfig(LinearPolicy):
             folding.entries_turned(v, self.keep, None),
         )
 
-    def chunk_caches(
-        self,
-        memory: Memory,
-        k: Array,
-        v: Array,
-        counts: Array | None,
-        rope: Rope,
-        maps: Maps,
-        seen: Array,
-        queries: Array | None = None,
-    ) -> ChunkCaches:
+    def rounds(
+        self, memory: Memory, k: Array, v: Array, rope: Rope, maps: Maps, more: bool = False
+    ) -> tuple[Array, ...]:
         """As the base class has it; by kernels where there are some."""
         halved = self.method == "matmul" and 0 < self.keep == self.chunk and self.sink_size > 0
         if not (halved and nvidia.suits(k, 3)):
-            return super().chunk_caches(memory, k, v, counts, rope, maps, seen, queries)
-        with jax.named_scope("chunk_caches"):
-            caches = _rounds(self, rope)(memory, k, v, maps)
-            slot = jnp.arange(self.prefix, self.capacity, dtype=jnp.int32)
-            tokens = (rope.rotate_tokens(k, slot), v)
-            return ChunkCaches(*caches, memory_after(memory, caches, tokens, counts))
+            return super().rounds(memory, k, v, rope, maps, more)
+        return _rounds(self, rope, more)(memory, k, v, maps)
 
 
 @functools.lru_cache(maxsize=64)  # each layer of a model has these
-def _rounds(policy: FreqKVConfig, rope: Rope) -> folded_rounds.Rounds:
-    """The caches of all chunks, [B, C, P, K, D], by kernels where there are some."""
+def _rounds(policy: FreqKVConfig, rope: Rope, more: bool) -> folded_rounds.Rounds:
+    """`FreqKVConfig.rounds`, by kernels where there are some."""
 
-    def plain(memory: Memory, k: Array, v: Array, maps: Maps) -> Parts:
-        seen = jnp.zeros(len(k), jnp.int32)  # not asked for
-        caches = LinearPolicy.chunk_caches(policy, memory, k, v, None, rope, maps, seen)
-        return caches.k, caches.v
+    def plain(memory: Memory, k: Array, v: Array, maps: Maps) -> tuple[Array, ...]:
+        return LinearPolicy.rounds(policy, memory, k, v, rope, maps, more)
 
     sizes = folding_cuda.Sizes(policy.sink_size, policy.keep, policy.prefix)
     # Caches of many times the tokens are not to be kept.
-    return folded_rounds.forms(plain, sizes, rope, kept=policy.prefix <= 2 * policy.chunk)
+    kept = policy.prefix <= 2 * policy.chunk
+    return folded_rounds.forms(plain, sizes, rope, kept, more)

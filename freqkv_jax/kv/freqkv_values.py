@@ -32,6 +32,7 @@ class FreqKVValuesConfig(FreqKVConfig):
 
     # Keys and values part ways in a round: the obvious form, not the one for a single map.
     chunk_caches = KVPolicy.chunk_caches  # pyright: ignore[reportAssignmentType]
+    caches_and_next = KVPolicy.caches_and_next  # pyright: ignore[reportAssignmentType]
 
     def kept_keys(self) -> np.ndarray:
         """Slots of the cache whose keys stay, in order, int32 [P]."""

@@ -145,41 +145,66 @@ class LinearPolicy(KVPolicy):
     ) -> ChunkCaches:
         """The recurrence on what the map gives alone; sinks and recents are put around it."""
         with jax.named_scope("chunk_caches"):
-            batch, chunks, size = k.shape[:3]
-            start = self.prefix - self.recent
-            # Once, and not in each turn of a loop. Maps are constants: they have no gradient.
-            maps = {n: jax.lax.stop_gradient(x).astype(k.dtype) for n, x in maps.items()}
-            k_first = rope.rotate_slots(memory.k, inverse=True)
-            firsts = _both(lambda x: jnp.swapaxes(x, 1, 2), (k_first, memory.v))
-            # Sinks as they rest: turned back and forth they would be rounded.
-            sinks = _both(
-                lambda x: jnp.swapaxes(x[:, :, : self.sink_size], 1, 2), (memory.k, memory.v)
-            )
-            mapped = _both(lambda x: _swapped(x[:, self.sink_size : start]), firsts)
-            flat = _both(lambda x: x.reshape(batch, chunks * size, *x.shape[3:]), (k, v))
-            streams = [[first[:, start:], new] for first, new in zip(firsts, flat, strict=True)]
-
-            def raw(start: int, length: int) -> Parts:
-                k_some, v_some = (_window(stream, start, length) for stream in streams)
-                return _swapped(k_some), _swapped(v_some)
-
-            def behind(now: Any, recents: Parts) -> Parts:
-                return self._behind_sinks(now, recents, rope)
-
-            recents = [raw((c + 1) * size, self.recent) for c in range(chunks)]
-            now = self.first_round(mapped, raw(0, size), maps)
-            parts = [behind(now, recents[0])]
-            if chunks <= UNROLLED:
-                for c in range(1, chunks):
-                    now = self.next_round(now, raw(c * size, size), maps)
-                    parts.append(behind(now, recents[c]))
-                k_all, v_all = map(_joined, sinks, zip(*parts, strict=True))
-            else:
-                k_all, v_all = self._loop(now, sinks, parts[0], raw, recents[1:], behind, maps)
+            k_all, v_all = self.rounds(memory, k, v, rope, maps)
             slot = jnp.arange(self.prefix, self.capacity, dtype=jnp.int32)
             tokens = (rope.rotate_tokens(k, slot), v)
             end = memory_after(memory, (k_all, v_all), tokens, counts)
             return ChunkCaches(k_all, v_all, end)
+
+    def caches_and_next(
+        self,
+        memory: Memory,
+        k: Array,
+        v: Array,
+        rope: Rope,
+        maps: Maps,
+        seen: Array,
+        queries: Array | None = None,
+    ) -> tuple[Parts | None, Parts]:
+        """One round more of the same recurrence."""
+        if not k.shape[1]:
+            return super().caches_and_next(memory, k, v, rope, maps, seen, queries)
+        with jax.named_scope("chunk_caches"):
+            k_all, v_all, *ahead = self.rounds(memory, k, v, rope, maps, more=True)
+            return (k_all, v_all), (ahead[0], ahead[1])
+
+    def rounds(
+        self, memory: Memory, k: Array, v: Array, rope: Rope, maps: Maps, more: bool = False
+    ) -> tuple[Array, ...]:
+        """Keys and values of the caches of C chunks, [B, C, P, K, D] each; if `more`, also of the
+        cache behind them, [B, 1, P, K, D]. Other arguments: see `KVPolicy.chunk_caches`."""
+        batch, chunks, size = k.shape[:3]
+        start = self.prefix - self.recent
+        # Once, and not in each turn of a loop. Maps are constants: they have no gradient.
+        maps = {n: jax.lax.stop_gradient(x).astype(k.dtype) for n, x in maps.items()}
+        k_first = rope.rotate_slots(memory.k, inverse=True)
+        firsts = _both(lambda x: jnp.swapaxes(x, 1, 2), (k_first, memory.v))
+        # Sinks as they rest: turned back and forth they would be rounded.
+        sinks = _both(lambda x: jnp.swapaxes(x[:, :, : self.sink_size], 1, 2), (memory.k, memory.v))
+        mapped = _both(lambda x: _swapped(x[:, self.sink_size : start]), firsts)
+        flat = _both(lambda x: x.reshape(batch, chunks * size, *x.shape[3:]), (k, v))
+        streams = [[first[:, start:], new] for first, new in zip(firsts, flat, strict=True)]
+
+        def raw(start: int, length: int) -> Parts:
+            k_some, v_some = (_window(stream, start, length) for stream in streams)
+            return _swapped(k_some), _swapped(v_some)
+
+        def behind(now: Any, recents: Parts) -> Parts:
+            return self._behind_sinks(now, recents, rope)
+
+        def joined(parts: list[Parts]) -> tuple[Array, ...]:
+            return tuple(map(_joined, sinks, zip(*parts, strict=True))) if parts else ()
+
+        recents = [raw((c + 1) * size, self.recent) for c in range(chunks + more)]
+        now = self.first_round(mapped, raw(0, size), maps)
+        parts, caches = [behind(now, recents[0])], ()
+        if chunks > UNROLLED:
+            now, caches = self._loop(now, sinks, parts.pop(), raw, recents[1:chunks], behind, maps)
+        for c in range(chunks if caches else 1, chunks + more):
+            now = self.next_round(now, raw(c * size, size), maps)
+            parts.append(behind(now, recents[c]))
+        first = 0 if caches else chunks
+        return *caches, *joined(parts[:first]), *joined(parts[first:])
 
     def _loop(
         self,
@@ -190,8 +215,9 @@ class LinearPolicy(KVPolicy):
         recents: list[Parts],
         behind: Any,
         maps: Maps,
-    ) -> Parts:
-        """The rounds behind the first one in a loop, which writes where attention reads."""
+    ) -> tuple[Any, Parts]:
+        """The rounds behind the first one in a loop, which writes where attention reads: what the
+        last one gave, and all caches."""
         rounds, size = len(recents), self.chunk
         wholes = tuple(
             _placed(_with_sinks(sink, part, rounds + 1), part, 0)
@@ -208,7 +234,7 @@ class LinearPolicy(KVPolicy):
         rest = tuple(x.reshape(rounds, size, *x.shape[1:]) for x in raw(size, rounds * size))
         index = jnp.arange(1, rounds + 1, dtype=jnp.int32)
         xs = (index, rest, jax.tree.map(lambda *x: jnp.stack(x), *recents))
-        return jax.lax.scan(one_round, (now, wholes), xs)[0][1]
+        return jax.lax.scan(one_round, (now, wholes), xs)[0]
 
     def _behind_sinks(self, now: Any, recents: Parts, rope: Rope) -> Parts:
         """[entries mapped | entries raw] of keys, turned to their slots, and values,

@@ -222,6 +222,31 @@ class KVPolicy:
         k_all, v_all = (jnp.transpose(x, (1, 0, 3, 2, 4)) for x in views)
         return ChunkCaches(k_all, v_all, end)
 
+    def caches_and_next(
+        self,
+        memory: Memory,
+        k: Array,
+        v: Array,
+        rope: Rope,
+        maps: Maps,
+        seen: Array,
+        queries: Array | None = None,
+    ) -> tuple[Parts | None, Parts]:
+        """`chunk_caches` of C chunks, None where C is 0, and what the cache holds behind them,
+        [B, 1, P, K, D]: all that a part of a chunk needs, which hangs on no token of its own."""
+        caches, chunks = None, k.shape[1]
+        if chunks:
+            k_all, v_all, memory = self.chunk_caches(memory, k, v, None, rope, maps, seen, queries)
+            caches = (k_all, v_all)
+
+        def blank(x: Array) -> Array:
+            return jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype)
+
+        seen = seen + chunks * self.chunk
+        none = None if queries is None else blank(queries)
+        ahead = self.chunk_caches(memory, blank(k), blank(v), None, rope, maps, seen, none)
+        return caches, ahead[:2]
+
 
 def choose_rows(mask: Array, new: Memory, old: Memory) -> Memory:
     """`new` in the rows where mask [B] holds, `old` in the others."""

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from freqkv_jax.config import LlamaConfig
 from freqkv_jax.kv import KVPolicy
-from freqkv_jax.kv.policy import Maps, Memory
+from freqkv_jax.kv.policy import Maps, Memory, Parts
 from freqkv_jax.model import cudnn
 from freqkv_jax.model.attention import attend, attend_behind, attend_cache
 from freqkv_jax.model.flash_decode import attend_rows
@@ -105,30 +105,28 @@ class Attention(nn.Module):
         rope: Rope,
         maps: Maps,
     ) -> tuple[Array, Memory]:
-        """Tokens [B, T, ., D] behind full memories: whole chunks, in groups, then what is left.
-
-        What is left costs by its length: it alone is padded, and only the keys and the queries
-        that it needs are attended.
-        """
+        """Tokens [B, T, ., D] behind full memories: whole chunks, in groups, and what is left,
+        behind which there is no memory: it costs by its length."""
         size, total = self.kv.chunk, q.shape[1]
         full = total // size * size
         each = _part(full // size, self._at_once(k)) * size  # tokens of a group, but the last
         looped = full // each * each if each < full else 0
 
         def some(memory: Memory, start: int | Array, q: Array, k: Array, v: Array) -> Any:
+            if q.shape[1] % size:
+                return self._last_chunks(q, k, v, memory, seen + start, rope, maps), None
             some = None if counts is None else jnp.clip(counts - start, 0, q.shape[1])
             return self._some_chunks(q, k, v, memory, seen + start, some, rope, maps)
 
         outs = []
-        loop, *parts = _split((q, k, v), (looped, full - looped, total - full))
+        loop, rest = _split((q, k, v), (looped, total - looped))
         if looped:
             out, memory = _one_by_one(some, memory, each, *loop)
             outs.append(out)
             some = jax.checkpoint(some, policy=cudnn.keeps)
-        for start, part in zip((looped, full), parts, strict=True):
-            if part[0].shape[1]:
-                out, memory = some(memory, start, *part)
-                outs.append(out)
+        if total > looped:
+            out, memory = some(memory, looped, *rest)
+            outs.append(out)
         return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0], memory
 
     def _at_once(self, k: Array) -> int:
@@ -150,27 +148,40 @@ class Attention(nn.Module):
         rope: Rope,
         maps: Maps,
     ) -> tuple[Array, Memory]:
-        """`_chunks` of whole chunks, or of less than one."""
-        batch, length = q.shape[:2]
-        prefix, size = self.kv.prefix, self.kv.chunk
-        queries = min(length, size)  # of each chunk
-        if queries < size:
-            counts = jnp.full((batch,), length, jnp.int32) if counts is None else counts
-            more = ((0, 0), (0, size - length), (0, 0), (0, 0))
-            q, k, v = (jnp.pad(y, more) for y in (q, k, v))
-        q, k, v = (y.reshape(batch, -1, size, *y.shape[2:]) for y in (q, k, v))
-        needed = q if "queries" in self.kv.needs else None
-        caches = self.kv.chunk_caches(memory, k, v, counts, rope, maps, seen, needed)
-        offsets = jnp.arange(queries, dtype=jnp.int32)
-        steps = jnp.arange(q.shape[1], dtype=jnp.int32)[:, None] * size + offsets[None]
-        at = self.kv.position(seen[:, None, None] + steps[None], prefix + offsets)
-        q, k = (rope.rotate_tokens(y[:, :, :queries], at) for y in (q, k))
+        """`_chunks` of whole chunks."""
+        q, k, v = (_cut(x, self.kv.chunk) for x in (q, k, v))
+        queries = q if "queries" in self.kv.needs else None
+        caches = self.kv.chunk_caches(memory, k, v, counts, rope, maps, seen, queries)
+        return self._behind((q, k, v), caches[:2], seen, rope), caches.memory
+
+    def _last_chunks(
+        self, q: Array, k: Array, v: Array, memory: Memory, seen: Array, rope: Rope, maps: Maps
+    ) -> Array:
+        """Whole chunks, or none, and less than one."""
+        size = self.kv.chunk
+        whole = q.shape[1] // size * size
+        chunks, left = _split((q, k, v), (whole, q.shape[1] - whole))
+        q, k, v = (_cut(x, size) for x in chunks)
+        queries = q if "queries" in self.kv.needs else None
+        caches, ahead = self.kv.caches_and_next(memory, k, v, rope, maps, seen, queries)
+        out = self._behind([x[:, None] for x in left], ahead, seen + whole, rope)
+        if caches is None:
+            return out
+        return jnp.concatenate([self._behind((q, k, v), caches, seen, rope), out], axis=1)
+
+    def _behind(self, tokens: Sequence[Array], caches: Parts, seen: Array, rope: Rope) -> Array:
+        """Tokens [B, C, T, ., D], T of each chunk, behind the chunks' caches: [B, C T, H, D]."""
+        batch, chunks, length = tokens[0].shape[:3]
+        offsets = jnp.arange(length, dtype=jnp.int32)
+        steps = jnp.arange(chunks, dtype=jnp.int32)[:, None] * self.kv.chunk + offsets[None]
+        at = self.kv.position(seen[:, None, None] + steps[None], self.kv.prefix + offsets)
+        q, k = (rope.rotate_tokens(x, at) for x in tokens[:2])
         q, k, v, k_old, v_old = (
-            constrain(y.reshape(batch * y.shape[1], *y.shape[2:]), HEADS_SPEC)
-            for y in (q, k, v[:, :, :queries], caches.k, caches.v)
+            constrain(x.reshape(batch * chunks, *x.shape[2:]), HEADS_SPEC)
+            for x in (q, k, tokens[2], *caches)
         )
         out = attend_behind(q, (k_old, v_old), (k, v), self.backend)
-        return out.reshape(batch, length, *out.shape[2:]), caches.memory
+        return out.reshape(batch, chunks * length, *out.shape[2:])
 
     def extend(
         self,
@@ -203,6 +214,11 @@ def _split(arrays: Sequence[Array], sizes: Sequence[int]) -> list[tuple[Array, .
     """Parts of so many tokens, each of all arrays [B, T, ...]. Backwards the gradients of parts are
     joined; those of slices would be padded and added, which XLA makes one slow kernel of."""
     return list(zip(*(jax.lax.split(x, sizes, axis=1) for x in arrays), strict=True))
+
+
+def _cut(x: Array, size: int) -> Array:
+    """[B, C Q, ...] in chunks, [B, C, Q, ...]."""
+    return x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
 
 
 def _part(chunks: int, most: int) -> int:

@@ -306,10 +306,11 @@ def test_kernels_of_the_rounds_are_the_plain_form(kv):
     seen = jnp.full((2,), kv.capacity)
 
     def caches(memory, k, v):
-        return kv.chunk_caches(memory, k, v, None, ROPE, maps, seen)[:2]
+        caches, ahead = kv.caches_and_next(memory, k, v, ROPE, maps, seen)
+        return *caches, *ahead
 
     def plain(memory, k, v):
-        return LinearPolicy.chunk_caches(kv, memory, k, v, None, ROPE, maps, seen)[:2]
+        return LinearPolicy.rounds(kv, memory, k, v, ROPE, maps, more=True)
 
     def gradients(form):
         def loss(*args):

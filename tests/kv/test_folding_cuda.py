@@ -23,9 +23,12 @@ POLICIES = [
     FreqKVConfig(100, 4, 10),
     FreqKVConfig(100, 2, 60),  # more recents than tokens of a chunk
 ]
-# One chunk, several; two, whose loop has no turn, and more than are written out one by one.
-CASES = [(kv, chunks) for kv in POLICIES for chunks in (1, 3)]
-CASES += [(POLICIES[0], 2), (POLICIES[0], 19)]
+# One chunk, several; two, whose loop has no turn, and more than are written out one by one; without
+# the cache behind them, and with it.
+CASES = [(POLICIES[0], 1, False), (POLICIES[0], 1, True), (POLICIES[0], 2, True)]
+CASES += [(POLICIES[0], 3, False), (POLICIES[0], 19, True)]
+CASES += [(POLICIES[1], 3, False), (POLICIES[1], 1, True), (POLICIES[2], 3, True)]
+CASES += [(POLICIES[3], 1, False), (POLICIES[3], 3, True)]
 
 
 def arguments(kv, chunks, batch=2, heads=3, dtype="bfloat16"):
@@ -39,22 +42,21 @@ def arguments(kv, chunks, batch=2, heads=3, dtype="bfloat16"):
     return memory, *tokens, {name: jnp.asarray(array) for name, array in kv.constants().items()}
 
 
-def plain(kv, memory, k, v, maps):
-    seen = jnp.full((len(k),), kv.capacity)
-    caches = LinearPolicy.chunk_caches(kv, memory, k, v, None, ROPE, maps, seen)
-    return caches.k, caches.v
+def plain(kv, more, memory, k, v, maps):
+    return LinearPolicy.rounds(kv, memory, k, v, ROPE, maps, more)
 
 
-def cuda_rounds(kv, memory, k, v, maps):
+def cuda_rounds(kv, more, memory, k, v, maps):
     sizes = folding_cuda.Sizes(kv.sink_size, kv.keep, kv.prefix)
-    return folding_cuda.rounds(memory, k, v, maps["stacked"], sizes, ROPE)
+    return folding_cuda.rounds(memory, k, v, maps["stacked"], sizes, ROPE, more)
 
 
-@pytest.mark.parametrize(("kv", "chunks"), CASES, ids=str)
-def test_the_rounds_are_the_plain_ones(kv, chunks, interpreted):
+@pytest.mark.parametrize(("kv", "chunks", "more"), CASES, ids=str)
+def test_the_rounds_are_the_plain_ones(kv, chunks, more, interpreted):
     args = arguments(kv, chunks)
-    found = jax.jit(functools.partial(cuda_rounds, kv))(*args)
-    other = jax.jit(functools.partial(plain, kv))(*args)
+    found = jax.jit(functools.partial(cuda_rounds, kv, more))(*args)
+    other = jax.jit(functools.partial(plain, kv, more))(*args)
+    assert len(found) == 2 + 2 * more
     for one, two in zip(found, other, strict=True):
         assert one.shape == two.shape and one.dtype == two.dtype
         one, two = (np.asarray(x, np.float32) for x in (one, two))
@@ -63,12 +65,13 @@ def test_the_rounds_are_the_plain_ones(kv, chunks, interpreted):
         np.testing.assert_array_equal(one[:, :, : kv.sink_size], two[:, :, : kv.sink_size])
 
 
-@pytest.mark.parametrize(("kv", "chunks"), CASES, ids=str)
-def test_backwards_they_are_the_plain_ones_transposed(kv, chunks, interpreted):
+@pytest.mark.parametrize(("kv", "chunks", "more"), CASES, ids=str)
+def test_backwards_they_are_the_plain_ones_transposed(kv, chunks, more, interpreted):
     memory, k, v, maps = arguments(kv, chunks)
     rng = np.random.default_rng(1)
-    shape = (len(k), chunks, kv.prefix, *k.shape[3:])
-    grads = tuple(jnp.asarray(rng.normal(size=shape), k.dtype) for _ in range(2))
+    sizes = [chunks, chunks, 1, 1] if more else [chunks, chunks]
+    shapes = [(len(k), size, kv.prefix, *k.shape[3:]) for size in sizes]
+    grads = tuple(jnp.asarray(rng.normal(size=shape), k.dtype) for shape in shapes)
     sizes = folding_cuda.Sizes(kv.sink_size, kv.keep, kv.prefix)
 
     def cuda(maps, grads):
@@ -76,7 +79,7 @@ def test_backwards_they_are_the_plain_ones_transposed(kv, chunks, interpreted):
 
     def wide(maps, grads):
         args, grads = jax.tree.map(lambda x: x.astype(jnp.float32), ((memory, k, v), grads))
-        return jax.vjp(lambda *args: plain(kv, *args, maps), *args)[1](grads)
+        return jax.vjp(lambda *args: plain(kv, more, *args, maps), *args)[1](grads)
 
     found, expected = jax.jit(cuda)(maps, grads), jax.jit(wide)(maps, grads)
     for one, two in zip(*map(jax.tree.leaves, (found, expected)), strict=True):

@@ -241,6 +241,27 @@ def test_chunk_caches_are_make_room_and_append_in_turn(kv, more):
     assert jax.tree.structure(got.memory) == jax.tree.structure(memory)
 
 
+@every(BOUNDED)
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_the_next_cache_is_make_room_behind_the_chunks(kv, chunks):
+    memory, k, v, seen, queries = layer_inputs(kv, chunks=3)
+    k, v = k[:, :chunks], v[:, :chunks]
+    queries = None if queries is None else queries[:, :chunks]
+    rope, maps = driver(kv).model.rope, driver(kv).variables["maps"]["kv"]
+    caches, ahead = kv.caches_and_next(memory, k, v, rope, maps, seen, queries)
+    assert (caches is None) == (chunks == 0)
+    if chunks:
+        want = kv.chunk_caches(memory, k, v, None, rope, maps, seen, queries)
+        for ours, theirs in zip(caches, want[:2], strict=True):
+            assert_close(ours, theirs, COMPRESS)
+        memory = want.memory
+    room = kv.view(kv.make_room(memory, rope, maps))
+    for ours, theirs in zip(ahead, room, strict=True):
+        theirs = jnp.swapaxes(theirs[:, :, : kv.prefix], 1, 2)[:, None]
+        assert ours.dtype == theirs.dtype
+        assert_close(ours, theirs, COMPRESS)
+
+
 @every(BOUNDED, slow=DEAR)
 def test_jit_equals_eager(kv):
     memory, k, v, _, queries = layer_inputs(kv)
