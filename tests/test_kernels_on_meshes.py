@@ -43,17 +43,17 @@ def compiled(what, shape=MESH):
 
 
 def rounds_and_gradients(kv):
-    """Function, its arguments' parts on a mesh, and arguments: the caches of three chunks and the
+    """Function, its arguments' parts on a mesh, and arguments: the caches of two chunks and the
     one behind, and back."""
     rng = np.random.default_rng(0)
-    shape = (2, 3, kv.chunk, 2, 64)
+    shape = (2, 2, kv.chunk, 2, 64)
     maps = {name: jnp.asarray(array) for name, array in kv.constants().items()}
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
     memory = Slots(*(normal(2, 2, kv.capacity, 64) for _ in range(2)))
-    weights = normal(2, 3, kv.prefix, 2, 64)
+    weights = normal(2, 2, kv.prefix, 2, 64)
 
     def caches_and_gradients(memory, k, v, weights):
         def total(memory, k, v):
