@@ -42,7 +42,7 @@ $(VENV)/.model-$(MODEL_VERSION): | $(VENV)/.created
 
 venv: $(VENV)/.dev ## Make the development environment (.venv)
 
-test: lint $(VENV)/.model-$(MODEL_VERSION) ## Lint, types and the ordinary tests (under 10 minutes)
+test: lint $(VENV)/.model-$(MODEL_VERSION) ## Lint, types and the ordinary tests (12 minutes on two cores)
 	FREQKV_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: $(VENV)/.dev $(VENV)/.model-$(MODEL_VERSION) ## The tests marked slow
