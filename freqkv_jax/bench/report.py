@@ -125,7 +125,8 @@ def _compile(case: Case, params: Any) -> Row:
     first = jax.eval_shape(arguments, params)
     if first is None:
         return _about(case) | {"skipped": "many programs, driven from the host: run it"}
-    first = first if built[0].shapes is None else built[0].shapes
+    if built[0].shapes is not None:
+        first = built[0].shapes()
     compiled, seconds = compile_program(dataclasses.replace(built[0], first=first))
     return _about(case) | {"compile_seconds": seconds, "program_bytes": program_bytes(compiled)}
 

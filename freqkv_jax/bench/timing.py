@@ -28,7 +28,8 @@ class Program:
         timed part.
       lower: of the first arguments, the program lowered, its donations included.
       options: of the compiler (freqkv_jax.compile_options).
-      shapes: of `first`, where it lies on a mesh: without its shardings another program is lowered.
+      shapes: gives those of `first` where it lies on a mesh: without their shardings another
+        program is lowered.
     """
 
     function: Callable[..., Any] | None
@@ -37,7 +38,7 @@ class Program:
     donate: tuple[int, ...] = ()
     lower: Callable[..., Any] | None = None
     options: dict[str, Any] | None = None
-    shapes: tuple[Any, ...] | None = None
+    shapes: Callable[[], tuple[Any, ...]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The step of a fine-tuning run as a case: the program that the loop runs, on random tokens."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -88,7 +89,7 @@ def _case(cfg: RunConfig, config: LlamaConfig, mesh: Mesh) -> Case:
 
         mask = jax.device_put(jnp.ones((rows, length), bool), where)
         first = (state, frozen, maps, tokens(0), mask, np.float32(np.inf))
-        shapes = abstract_arguments(cfg, model, mesh)
+        shapes = functools.partial(abstract_arguments, cfg, model, mesh)
         return Program(None, first, following, lower=lower, shapes=shapes)
 
     amount = step_amount(cfg, model, mesh.size)

@@ -26,7 +26,9 @@ POLICIES = [
 # One chunk, several; two, whose loop has no turn, and more than are written out one by one; without
 # the cache behind them, and with it.
 CASES = [(POLICIES[0], 1, False), (POLICIES[0], 2, True), (POLICIES[0], 19, True)]
-CASES += [(POLICIES[1], 1, True), (POLICIES[2], 3, False), (POLICIES[3], 3, True)]
+CASES += [(POLICIES[0], 3, False), (POLICIES[1], 1, True), (POLICIES[1], 3, False)]
+CASES += [(POLICIES[2], 1, True), (POLICIES[2], 3, False)]
+CASES += [(POLICIES[3], 1, False), (POLICIES[3], 3, True)]
 
 
 def arguments(kv, chunks, batch=2, heads=3, dtype="bfloat16"):
